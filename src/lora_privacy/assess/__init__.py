@@ -1,1 +1,16 @@
-"""."""
+"""The main job: fine-tune, measure what the projection does, and say what it proves."""
+
+from typing import TYPE_CHECKING
+
+from lora_privacy._lazy import attach
+
+if TYPE_CHECKING:
+    from lora_privacy.assess.config import AssessConfig
+    from lora_privacy.assess.result import Assessment
+    from lora_privacy.assess.run import assess
+
+__all__ = ["AssessConfig", "Assessment", "assess"]
+
+__getattr__, __dir__ = attach(
+    __name__, {"AssessConfig": "config", "Assessment": "result", "assess": "run"}
+)

@@ -1,0 +1,205 @@
+"""What an assessment found: frozen results, saved as report.json beside the page and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_privacy.assess.dynamics import LayerDynamics
+from lora_privacy.assess.measure import EntryCheck, LayerNoise
+from lora_privacy.assess.training import Score, TrainingCurve
+from lora_privacy.dp import ImpliedPrivacy, PrivacyBound
+from lora_privacy.references import bibtex
+
+if TYPE_CHECKING:
+    from lora_privacy.assess.config import AssessConfig
+
+__all__ = ["Assessment", "DataSummary", "MethodResult", "versions", "write_json"]
+
+_PACKAGES = ("lora-privacy", "torch", "numpy", "scipy", "transformers", "peft", "opacus")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSummary:
+    """Which data a run used.
+
+    Attributes:
+        name: Name of the set.
+        origin: Hub id, file name or ``synthetic seed=…``.
+        examples: Number used.
+        classes: Class names; empty for a language model.
+        largest_class: Share of the most frequent class; None for a language model.
+        sha256: Hash of the texts and labels used. It identifies the data: keep it with them.
+    """
+
+    name: str
+    origin: str
+    examples: int
+    classes: tuple[str, ...]
+    largest_class: float | None
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodResult:
+    """One row of the assessment.
+
+    Attributes:
+        method: ``"lora"``, ``"lora-fa"`` or ``"flora"``.
+        trained_parameters: Numbers that the optimiser moves, the head included.
+        curve: Loss, held-out score, time and memory.
+        drift: ‖A_T − A_0‖/‖A_0‖ after training, a layer; empty where A is fixed or fresh.
+        layers: Noise, measured and predicted, a layer.
+        dynamics: The check of the linearised dynamics, a layer; empty when left out.
+        proved: The proved ε, or ``inf`` with the reason.
+        implied: The implicit-privacy reading at the honest distortion. Not a guarantee.
+        flattering: The same reading with no distortion at all, which has probability 0.
+    """
+
+    method: str
+    trained_parameters: int
+    curve: TrainingCurve
+    drift: dict[str, float]
+    layers: tuple[LayerNoise, ...]
+    dynamics: tuple[LayerDynamics, ...]
+    proved: PrivacyBound
+    implied: ImpliedPrivacy
+    flattering: ImpliedPrivacy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON; infinities are the string ``"inf"``."""
+        data = {
+            name: getattr(self, name) for name in ("method", "trained_parameters", "drift")
+        }
+        data["curve"] = asdict(self.curve)
+        data["layers"] = [asdict(layer) for layer in self.layers]
+        data["dynamics"] = [asdict(layer) for layer in self.dynamics]
+        for name in ("proved", "implied", "flattering"):
+            data[name] = getattr(self, name).to_dict()
+        return _plain(data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assessment:
+    """The result of ``assess``.
+
+    Attributes:
+        config: What was asked.
+        model_name: The model's own name or the one asked for.
+        train: Data trained on. dev: Data held out.
+        methods: Finished methods, in the order asked.
+        missing: Methods asked for that did not finish (interrupted).
+        environment: Versions of what computed the numbers.
+    """
+
+    config: AssessConfig
+    model_name: str
+    train: DataSummary
+    dev: DataSummary
+    methods: tuple[MethodResult, ...]
+    missing: tuple[str, ...]
+    environment: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON; infinities are the string ``"inf"``."""
+        return {
+            "notice": "This report is itself not private: it holds losses, gradient norms and "
+            "hashes of the data.",
+            "config": self.config.to_dict(),
+            "model": self.model_name,
+            "train": _plain(asdict(self.train)),
+            "dev": _plain(asdict(self.dev)),
+            "methods": [method.to_dict() for method in self.methods],
+            "missing": list(self.missing),
+            "environment": self.environment,
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.json, report.html, references.bib and the figures; return the page.
+
+        Args:
+            folder: Made if absent; the files named above are replaced, others are left alone.
+        """
+        # Drawing is imported here: matplotlib is not needed to compute or to hold a result.
+        from lora_privacy.assess import html, plots
+
+        folder = Path(folder)
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "report.json", self.to_dict())
+        figures = plots.draw_all(self)
+        for name, figure in figures.items():
+            for ending, content in (("svg", figure.svg), ("png", figure.png)):
+                (folder / "figures" / f"{name}.{ending}").write_bytes(content)
+        page = folder / "report.html"
+        page.write_text(html.render(self, figures), encoding="utf-8")
+        (folder / "references.bib").write_text(bibtex() + "\n", encoding="utf-8")
+        return page
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that computed the numbers."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write ``data`` whole or not at all: a crash leaves the file that was there before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_plain(data), indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def method_from_dict(
+    data: dict[str, Any],
+    readings: tuple[PrivacyBound, ImpliedPrivacy, ImpliedPrivacy],
+) -> MethodResult:
+    """Rebuild a saved method; its three privacy statements are computed anew, never read."""
+    curve = dict(data["curve"])
+    curve["scores"] = tuple(Score(**score) for score in curve["scores"])
+    curve["losses"] = tuple(curve["losses"])
+    layers = []
+    for layer in data["layers"]:
+        entry = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["entry"].items()}
+        layers.append(LayerNoise(**{**layer, "entry": EntryCheck(**entry)}))
+    dynamics = tuple(
+        LayerDynamics(**{name: _number(value) for name, value in layer.items()})
+        for layer in data["dynamics"]
+    )
+    proved, implied, flattering = readings
+    return MethodResult(
+        method=data["method"],
+        trained_parameters=data["trained_parameters"],
+        curve=TrainingCurve(**curve),
+        drift=data["drift"],
+        layers=tuple(layers),
+        dynamics=dynamics,
+        proved=proved,
+        implied=implied,
+        flattering=flattering,
+    )
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """JSON has no infinity: write it as a string; NaN has no place in a report."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401
+    return math.inf if value == "inf" else value

@@ -1,0 +1,157 @@
+"""The tables of a report as rows of text, for the page, the terminal and Markdown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_privacy.assess.plots import short_names
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_privacy.assess.result import Assessment, MethodResult
+
+__all__ = ["Table", "layer_table", "main_table", "number"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Text cells with a heading each; the first column names the row."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown."""
+        lines = [self.headings, tuple("---" for _ in self.headings), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number to ``digits`` significant digits, with ``∞`` for infinity.
+
+    >>> number(12345.678), number(0.000123), number(float("inf")), number(1.0)
+    ('12,300', '1.23e-04', '∞', '1.00')
+    """
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    power = math.floor(math.log10(abs(value)))
+    if power < -3:
+        return f"{value:.{digits - 1}e}"
+    places = max(0, digits - 1 - power)
+    return f"{round(value, digits - 1 - power):,.{places}f}"
+
+
+def main_table(result: Assessment) -> Table:
+    """One row a method: what it scored and cost, what the noise did, what is proved."""
+    causal = result.config.task == "causal-lm"
+    headings = (
+        "method",
+        "held-out loss, nats" if causal else "held-out accuracy",
+        "trained numbers",
+        "seconds a step",
+        "peak memory",
+        "noise measured / predicted",
+        "entry TV",
+        "row TV",
+        "matrix TV",
+        "drift of A",
+        "ΔW off linear story",
+        "proved ε",
+        "implied ε (heuristic)",
+    )
+    return Table(headings, tuple(_row(method) for method in result.methods))
+
+
+def _row(method: MethodResult) -> tuple[str, ...]:
+    score = method.curve.scores[-1]
+    if score.accuracy is None:
+        shown = f"{score.loss:.4f}"
+    else:
+        shown = f"{100 * score.accuracy:.1f} % ± {196 * (score.accuracy_error or 0):.1f}"
+    memory = method.curve.peak_bytes
+    return (
+        method.method,
+        shown,
+        f"{method.trained_parameters:,}",
+        number(method.curve.wall_seconds / method.curve.steps, 2),
+        "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB",
+        _pooled_ratio(method),
+        number(_median([layer.tv_median for layer in method.layers])),
+        number(_median([layer.joint_tv for layer in method.layers])),
+        number(max(layer.matrix_tv for layer in method.layers)),
+        f"{100 * _median(list(method.drift.values())):.1f} %" if method.drift else "–",
+        f"{100 * _median([d.disagreement for d in method.dynamics]):.2g} %"
+        if method.dynamics
+        else "–",
+        "none" if math.isinf(method.proved.epsilon) else number(method.proved.epsilon),
+        number(method.implied.epsilon),
+    )
+
+
+def _pooled_ratio(method: MethodResult) -> str:
+    """Mean over layers of the fresh-draw ratio, ± 2 standard errors; layers draw separately."""
+    count = len(method.layers)
+    mean = sum(layer.fresh_ratio for layer in method.layers) / count
+    error = math.sqrt(sum(layer.fresh_standard_error**2 for layer in method.layers)) / count
+    return f"{mean:.4f} ± {2 * error:.4f}"
+
+
+def layer_table(method: MethodResult) -> Table:
+    """One row a layer: shapes, noise ratios, law, distances and dynamics."""
+    headings = (
+        "layer",
+        "n × m",
+        "r",
+        "law of A",
+        "rms ‖G‖",
+        "ratio in training",
+        "A's seen",
+        "ratio, fresh A",
+        "spread of one draw",
+        "law gap / band",
+        "entry TV, median",
+        "entry TV, largest",
+        "its proved bound",
+        "row TV",
+        "matrix TV",
+        "drift of A",
+        "ΔW off linear story",
+    )
+    gaps = {layer.layer: layer.disagreement for layer in method.dynamics}
+    names = short_names([layer.layer for layer in method.layers])
+    rows = [
+        (
+            name,
+            f"{layer.out_features} × {layer.in_features}",
+            str(layer.rank),
+            layer.law,
+            number(layer.gradient_norm),
+            number(layer.training_ratio),
+            str(layer.projections),
+            f"{layer.fresh_ratio:.4f} ± {2 * layer.fresh_standard_error:.4f}",
+            number(layer.one_draw_spread, 2),
+            f"{layer.entry.distance:.4f} / {layer.entry.band:.4f}",
+            number(layer.tv_median),
+            number(layer.tv_largest),
+            number(layer.tv_bound),
+            number(layer.joint_tv),
+            number(layer.matrix_tv),
+            f"{100 * method.drift[layer.layer]:.2g} %" if layer.layer in method.drift else "–",
+            f"{100 * gaps[layer.layer]:.2g} %" if layer.layer in gaps else "–",
+        )
+        for name, layer in zip(names, method.layers, strict=True)
+    ]
+    return Table(headings, tuple(rows))
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2

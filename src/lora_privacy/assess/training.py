@@ -1,0 +1,220 @@
+"""Plain (non-private) fine-tuning of one adapted model, with the projection measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lora_privacy.core import GradientProbe, decompress, flora_layers, refresh
+from lora_privacy.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from lora_privacy.assess.batches import Batch, TokenisedDataset
+    from lora_privacy.assess.config import AssessConfig, Method, Task
+    from lora_privacy.assess.measure import NoiseMeter
+    from lora_privacy.core import CachedPrefix
+
+__all__ = ["Score", "TrainingCurve", "evaluate", "fine_tune", "loss_of", "trained_parameters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Held-out result.
+
+    Attributes:
+        loss: Mean over examples, in nats (per token of a sequence for a language model).
+        accuracy: Share of right classes; None for a language model.
+        accuracy_error: Its standard error over examples; None for a language model.
+        examples: Examples scored.
+    """
+
+    loss: float
+    accuracy: float | None
+    accuracy_error: float | None
+    examples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCurve:
+    """How training went.
+
+    Attributes:
+        steps: Optimiser steps taken.
+        losses: Training loss of each step, in nats.
+        scores: Held-out result after each epoch.
+        wall_seconds: Elapsed time of the training steps, measurement included.
+        cpu_seconds: Processor time of the same.
+        peak_bytes: Highest resident memory of the process while training; None if unknown.
+    """
+
+    steps: int
+    losses: tuple[float, ...]
+    scores: tuple[Score, ...]
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int | None
+
+
+def loss_of(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, Tensor | None]:
+    """Return (loss of each example, logits of a classifier or None).
+
+    A sequence's loss is the mean over its own tokens, so that one example's gradient does not
+    depend on the lengths of the others.
+    """
+    if task == "classification":
+        logits = model(**batch.inputs())
+        return F.cross_entropy(logits, batch.labels, reduction="none"), logits
+    logits = model(**batch.inputs()).logits[:, :-1]
+    labels = batch.labels[:, 1:]
+    tokens = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return tokens.sum(1) / (labels != -100).sum(1).clamp(min=1), None
+
+
+def evaluate(
+    model: nn.Module, data: TokenisedDataset, config: AssessConfig, prefix: CachedPrefix | None
+) -> Score:
+    """Score ``model`` on all of ``data`` without dropout; its training mode is restored."""
+    was_training = model.training
+    model.eval()
+    losses, right = [], 0
+    with torch.no_grad():
+        for batch in data.ordered(4 * config.batch_size):
+            with _prefixed(prefix, batch):
+                loss, logits = loss_of(model, batch, config.task)
+            losses.append(loss)
+            if logits is not None:
+                right += int((logits.argmax(1) == batch.labels).sum())
+    model.train(was_training)
+    count = len(data)
+    mean = float(torch.cat(losses).mean())
+    if config.task == "causal-lm":
+        return Score(loss=mean, accuracy=None, accuracy_error=None, examples=count)
+    accuracy = right / count
+    error = math.sqrt(accuracy * (1 - accuracy) / count)
+    return Score(loss=mean, accuracy=accuracy, accuracy_error=error, examples=count)
+
+
+def fine_tune(
+    model: nn.Module,
+    train: TokenisedDataset,
+    dev: TokenisedDataset,
+    config: AssessConfig,
+    *,
+    method: Method,
+    meter: NoiseMeter,
+    prefixes: tuple[CachedPrefix | None, CachedPrefix | None] = (None, None),
+) -> TrainingCurve:
+    """Train ``model`` in place with AdamW and feed ``meter`` on every ``probe_every``-th step.
+
+    LoRA and LoRA-FA train their factors; FLoRA decompresses G Aᵀ to a dense gradient, which
+    AdamW applies to the weights, and draws a new A after every step. A head trains in all.
+
+    Args:
+        model: Adapted model.
+        train: Training examples. dev: Held-out examples.
+        config: Epochs, batch size, rate, seed.
+        method: How ``model`` was adapted.
+        meter: Receives the gradient records.
+        prefixes: Cached frozen prefix of the training and of the held-out examples.
+
+    Raises:
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    dense, factors = _trained(model)
+    groups = [
+        {"params": dense, "lr": config.dense_learning_rate},
+        {"params": factors, "lr": config.learning_rate},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+    rng = np.random.default_rng(config.seed)
+    per_epoch = math.ceil(len(train) / config.batch_size)
+    losses: list[float] = []
+    scores: list[Score] = []
+    wall = cpu = 0.0
+    _reset__peak_memory()
+    bar = tqdm(total=config.epochs * per_epoch, desc=f"{method}: training", unit="step")
+    with bar, GradientProbe(model, every=config.probe_every) as probe:
+        for _ in range(config.epochs):
+            for batch in train.shuffled(config.batch_size, rng):
+                started = time.perf_counter(), time.process_time()
+                with _prefixed(prefixes[0], batch):
+                    loss = loss_of(model, batch, config.task)[0].mean()
+                    loss.backward()
+                value = float(loss)
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"the loss is {value} at step {len(losses) + 1} of {method}; use a "
+                        f"smaller learning rate than {config.learning_rate:g}."
+                    )
+                if probe.records:
+                    meter.add(probe.records)
+                if method == "flora":
+                    decompress(model)
+                optimizer.step()
+                optimizer.zero_grad()
+                if method == "flora":
+                    refresh(model)
+                probe.step()
+                wall += time.perf_counter() - started[0]
+                cpu += time.process_time() - started[1]
+                losses.append(value)
+                bar.update()
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            scores.append(evaluate(model, dev, config, prefixes[1]))
+    return TrainingCurve(
+        steps=len(losses),
+        losses=tuple(losses),
+        scores=tuple(scores),
+        wall_seconds=wall,
+        cpu_seconds=cpu,
+        peak_bytes=_peak_memory(),
+    )
+
+
+def _trained(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """(FLoRA's dense weights, trained factors and head)."""
+    layers = flora_layers(model).values()
+    # FLoRA's compressed gradients pass through B.grad; B itself is never stepped.
+    passed = {id(layer.expand.weight) for layer in layers} | {id(layer.weight) for layer in layers}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in passed]
+    return [layer.weight for layer in layers], rest
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Numbers that the optimiser moves; a FLoRA layer counts its dense weight."""
+    return sum(p.numel() for group in _trained(model) for p in group)
+
+
+def _prefixed(prefix: CachedPrefix | None, batch: Batch):  # noqa: ANN202
+    if prefix is None:
+        return nullcontext()
+    return prefix.using(batch.ids, batch.attention_mask)
+
+
+def _peak_memory() -> int | None:
+    """Highest resident memory since the last reset, in bytes; None where the system hides it."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _reset__peak_memory() -> None:
+    """Linux starts the high-water mark anew when 5 is written here; elsewhere it keeps rising."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return

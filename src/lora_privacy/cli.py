@@ -1,0 +1,167 @@
+"""The command line: parse, build a config, call the library, print JSON or a table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_privacy.errors import LoraPrivacyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="What the random projections of LoRA do to gradients, and what they prove.",
+)
+
+
+@app.callback()
+def main() -> None:
+    """Exists so that a single command keeps its name."""
+
+
+@app.command()
+def assess(
+    output: Annotated[Path, typer.Option(help="Folder for the report.")],
+    model: Annotated[str, typer.Option(help="minilm, smollm2, a folder or a hub id.")] = "minilm",
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the model.")] = None,
+    task: Annotated[str, typer.Option(help="classification or causal-lm.")] = "classification",
+    train: Annotated[str, typer.Option(help="tickets, a file or a hub id.")] = "tickets",
+    dev: Annotated[str | None, typer.Option(help="Held-out file or hub id.")] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="Name, or position from 0; twice for pairs.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Name, or position from 0.")] = None,
+    header: Annotated[
+        bool | None, typer.Option("--header/--no-header", help="Does the first line name columns?")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Column separator.")] = None,
+    train_size: Annotated[int, typer.Option(help="Examples at most; 0 takes all.")] = 2_000,
+    dev_size: Annotated[int, typer.Option(help="Held-out examples at most; 0: all.")] = 1_000,
+    method: Annotated[
+        list[str] | None, typer.Option(help="lora, lora-fa or flora; repeat for several.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 8,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank if absent.")] = None,
+    law: Annotated[
+        str, typer.Option(help="Law of A: gaussian, uniform, rademacher or orthonormal.")
+    ] = "gaussian",
+    target: Annotated[
+        list[str] | None, typer.Option(help="Module names to adapt; queries and values if absent.")
+    ] = None,
+    last_layers: Annotated[
+        int | None, typer.Option(help="Adapt the last so many blocks over a cached prefix.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="AdamW on factors and head.")] = 1e-3,
+    dense_learning_rate: Annotated[float, typer.Option(help="AdamW on FLoRA's weights.")] = 1e-4,
+    max_length: Annotated[int, typer.Option(help="Tokens an example is cut to.")] = 64,
+    seed: Annotated[int, typer.Option(help="Written into the report.")] = 0,
+    probe_every: Annotated[int, typer.Option(help="Measure every so many steps.")] = 10,
+    noise_draws: Annotated[int, typer.Option(help="Fresh draws of A a layer.")] = 2_000,
+    dynamics_steps: Annotated[int, typer.Option(help="SGD steps of the check; 0: none.")] = 20,
+    dynamics_learning_rate: Annotated[float, typer.Option(help="Its rate.")] = 0.05,
+    delta: Annotated[float, typer.Option(help="δ of the implied reading.")] = 1e-5,
+    distortion: Annotated[
+        float | None, typer.Option(help="τ of the implied reading; the honest one if absent.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the finished methods.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Fine-tune by LoRA, LoRA-FA and FLoRA, measure the injected noise, and report."""
+    with _named_errors(debug=debug, folder=output):
+        from lora_privacy.assess import AssessConfig
+        from lora_privacy.assess import assess as run
+        from lora_privacy.assess.config import METHODS
+        from lora_privacy.assess.tables import main_table
+
+        config = AssessConfig(
+            model=model,
+            gguf_file=gguf_file,
+            task=task,  # pyright: ignore[reportArgumentType]  (checked by the config)
+            train=train,
+            dev=dev,
+            text_columns=tuple(_column(c) for c in text_column) if text_column else None,
+            label_column=None if label_column is None else _column(label_column),
+            header=header,
+            delimiter=delimiter,
+            train_size=train_size or None,
+            dev_size=dev_size or None,
+            methods=tuple(method) if method else METHODS,  # pyright: ignore[reportArgumentType]
+            rank=rank,
+            alpha=alpha,
+            law=law,  # pyright: ignore[reportArgumentType]
+            targets=tuple(target) if target else None,
+            last_layers=last_layers,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            dense_learning_rate=dense_learning_rate,
+            max_length=max_length,
+            seed=seed,
+            probe_every=probe_every,
+            noise_draws=noise_draws,
+            dynamics_steps=dynamics_steps,
+            dynamics_learning_rate=dynamics_learning_rate,
+            delta=delta,
+            distortion=distortion,
+        )
+        result = run(config, output, resume=resume, overwrite=overwrite)
+        typer.echo(main_table(result).markdown())
+        typer.echo(f"\nreport: {output / 'report.html'}\nnumbers: {output / 'report.json'}")
+
+
+@app.command()
+def noise(
+    config: Annotated[Path, typer.Argument(help="config.json of a model; no weights are read.")],
+    rank: Annotated[list[int] | None, typer.Option(help="Rank; repeat for several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Laws of the injected noise for a model's layer shapes, from its config alone."""
+    with _named_errors(debug=debug):
+        from lora_privacy.noise import laws_table, model_shapes
+
+        shapes = model_shapes(config)
+        rows = [row for r in rank or [8] for row in laws_table(shapes, r)]
+        if as_json:
+            typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
+            return
+        typer.echo(_laws_as_text(rows))
+
+
+def _column(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+@contextlib.contextmanager
+def _named_errors(*, debug: bool, folder: Path | None = None) -> Iterator[None]:
+    """One line for a user's mistake, never a traceback; Ctrl-C says where the finished part is."""
+    try:
+        yield
+    except (LoraPrivacyError, ValueError, TypeError, OSError) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        if folder is not None:
+            typer.echo(
+                f"\ninterrupted: what is finished is in {folder}; the same command with --resume "
+                "(without --overwrite) goes on from there.",
+                err=True,
+            )
+        raise typer.Exit(130) from None
