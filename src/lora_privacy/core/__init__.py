@@ -1,1 +1,91 @@
-"""."""
+"""What a low-rank adapter does to a gradient: projections, adapters, probes, storage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_privacy._lazy import attach
+
+if TYPE_CHECKING:
+    from lora_privacy.core.adapt import Adapter, adapt, adapters
+    from lora_privacy.core.dynamics import (
+        AdapterSnapshot,
+        Recursion,
+        disagreement,
+        drift,
+        predicted_update,
+        recursion,
+        snapshot,
+    )
+    from lora_privacy.core.flora import (
+        FLoRALinear,
+        FLoRAMomentum,
+        decompress,
+        flora_layers,
+        refresh,
+        sgd_step,
+    )
+    from lora_privacy.core.lora import LoRALinear, is_conv1d
+    from lora_privacy.core.prefix import CachedPrefix
+    from lora_privacy.core.probe import GradientProbe, GradientRecord
+    from lora_privacy.core.projection import RandomProjection
+    from lora_privacy.core.storage import load_flora, save_flora, save_peft
+
+__all__ = [
+    "Adapter",
+    "AdapterSnapshot",
+    "CachedPrefix",
+    "FLoRALinear",
+    "FLoRAMomentum",
+    "GradientProbe",
+    "GradientRecord",
+    "LoRALinear",
+    "RandomProjection",
+    "Recursion",
+    "adapt",
+    "adapters",
+    "decompress",
+    "disagreement",
+    "drift",
+    "flora_layers",
+    "is_conv1d",
+    "load_flora",
+    "predicted_update",
+    "recursion",
+    "refresh",
+    "save_flora",
+    "save_peft",
+    "sgd_step",
+    "snapshot",
+]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Adapter": "adapt",
+        "AdapterSnapshot": "dynamics",
+        "CachedPrefix": "prefix",
+        "FLoRALinear": "flora",
+        "FLoRAMomentum": "flora",
+        "GradientProbe": "probe",
+        "GradientRecord": "probe",
+        "LoRALinear": "lora",
+        "RandomProjection": "projection",
+        "Recursion": "dynamics",
+        "adapt": "adapt",
+        "adapters": "adapt",
+        "decompress": "flora",
+        "disagreement": "dynamics",
+        "drift": "dynamics",
+        "flora_layers": "flora",
+        "is_conv1d": "lora",
+        "load_flora": "storage",
+        "predicted_update": "dynamics",
+        "recursion": "dynamics",
+        "refresh": "flora",
+        "save_flora": "storage",
+        "save_peft": "storage",
+        "sgd_step": "flora",
+        "snapshot": "dynamics",
+    },
+)
