@@ -13,9 +13,11 @@ if TYPE_CHECKING:
         Recursion,
         disagreement,
         drift,
+        drift_bound,
         predicted_update,
         recursion,
         snapshot,
+        update_bound,
     )
     from lora_privacy.core.flora import (
         FLoRALinear,
@@ -47,6 +49,7 @@ __all__ = [
     "decompress",
     "disagreement",
     "drift",
+    "drift_bound",
     "flora_layers",
     "is_conv1d",
     "load_flora",
@@ -57,6 +60,7 @@ __all__ = [
     "save_peft",
     "sgd_step",
     "snapshot",
+    "update_bound",
 ]
 
 __getattr__, __dir__ = attach(
@@ -77,6 +81,7 @@ __getattr__, __dir__ = attach(
         "decompress": "flora",
         "disagreement": "dynamics",
         "drift": "dynamics",
+        "drift_bound": "dynamics",
         "flora_layers": "flora",
         "is_conv1d": "lora",
         "load_flora": "storage",
@@ -87,5 +92,6 @@ __getattr__, __dir__ = attach(
         "save_peft": "storage",
         "sgd_step": "flora",
         "snapshot": "dynamics",
+        "update_bound": "dynamics",
     },
 )
