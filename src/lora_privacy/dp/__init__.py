@@ -1,1 +1,46 @@
-"""."""
+"""Privacy accounting: events, proven bounds, and readings that are none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_privacy._lazy import attach
+
+if TYPE_CHECKING:
+    from lora_privacy.dp.events import Event, GaussianEvent, SampledGaussian
+    from lora_privacy.dp.implicit import implied_noise_multiplier, implied_privacy
+    from lora_privacy.dp.rdp import RdpAccountant, rdp, sampled_gaussian_rdp
+    from lora_privacy.dp.result import Adjacency, Aggregation, ImpliedPrivacy, PrivacyBound
+
+__all__ = [
+    "Adjacency",
+    "Aggregation",
+    "Event",
+    "GaussianEvent",
+    "ImpliedPrivacy",
+    "PrivacyBound",
+    "RdpAccountant",
+    "SampledGaussian",
+    "implied_noise_multiplier",
+    "implied_privacy",
+    "rdp",
+    "sampled_gaussian_rdp",
+]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Adjacency": "result",
+        "Aggregation": "result",
+        "Event": "events",
+        "GaussianEvent": "events",
+        "ImpliedPrivacy": "result",
+        "PrivacyBound": "result",
+        "RdpAccountant": "rdp",
+        "SampledGaussian": "events",
+        "implied_noise_multiplier": "implicit",
+        "implied_privacy": "implicit",
+        "rdp": "rdp",
+        "sampled_gaussian_rdp": "rdp",
+    },
+)

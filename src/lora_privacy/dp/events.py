@@ -1,0 +1,68 @@
+"""What happened: the releases an accountant can be told about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_privacy import _validate
+
+__all__ = ["Event", "GaussianEvent", "SampledGaussian"]
+
+
+@dataclass(frozen=True, slots=True)
+class GaussianEvent:
+    """One release of a sum over all records plus Gaussian noise.
+
+    Args:
+        noise_multiplier: z = σ/C, standard deviation of the noise in units of the largest norm C
+            that one record can add to the sum; positive and finite.
+
+    Raises:
+        ValueError: ``noise_multiplier`` is out of range or NaN.
+    """
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        _check_noise(self.noise_multiplier)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledGaussian:
+    """One release of a sum over a Poisson sample of the records, plus Gaussian noise.
+
+    Every record enters by a coin of its own with probability ``sample_rate``, and the size of the
+    sample stays secret. Shuffled batches or batches of a fixed size are not this event.
+
+    Args:
+        noise_multiplier: z = σ/C, as in ``GaussianEvent``.
+        sample_rate: Probability that a record takes part, in (0, 1]; 1 is the plain Gaussian.
+
+    Raises:
+        ValueError: An argument is out of range or NaN.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+
+    def __post_init__(self) -> None:
+        _check_noise(self.noise_multiplier)
+        check_sample_rate(self.sample_rate)
+
+
+Event = GaussianEvent | SampledGaussian
+
+
+def check_sample_rate(sample_rate: float) -> None:
+    """Raise ValueError unless ``sample_rate`` is in (0, 1]; NaN raises."""
+    if not 0 < sample_rate <= 1:
+        raise ValueError(
+            f"sample_rate must lie in (0, 1], got {sample_rate!r}. It is the probability that "
+            "one record takes part in a step, expected batch size over number of records."
+        )
+
+
+def _check_noise(noise_multiplier: float) -> None:
+    _validate.positive(
+        "noise_multiplier", noise_multiplier, "A release without noise has no finite ε."
+    )

@@ -1,0 +1,200 @@
+"""What may be quoted: a proven bound, and a reading that proves nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Literal, get_args
+
+from lora_privacy import _validate
+from lora_privacy.references import cite
+
+__all__ = ["CAVEATS", "Adjacency", "Aggregation", "ImpliedPrivacy", "PrivacyBound"]
+
+Adjacency = Literal["add-remove", "replace"]
+Aggregation = Literal["independent", "coherent"]
+
+CAVEATS = (
+    "Hyper-parameter search, choice of the best checkpoint and early stopping are not accounted.",
+    "Arithmetic is floating point: the attack of Mironov (2012) on Gaussian samplers is not "
+    "excluded.",
+)
+"""Printed with every bound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyBound:
+    """A proven (ε, δ) guarantee and what is needed to quote it.
+
+    Attributes:
+        epsilon: Upper bound, in nats, >= 0; ``inf`` means that no bound is known, and ``reason``
+            then says why.
+        delta: The δ it holds at, dimensionless, in (0, 1). δ = 1, which promises nothing, is
+            allowed with a ``reason``.
+        adjacency: Neighbouring relation: ``"add-remove"`` adds or removes one privacy unit,
+            ``"replace"`` exchanges one for another.
+        method: Accountant that proved it, such as ``"rdp"``.
+        assumptions: What must be true of the run for the proof to apply.
+        references: Keys into ``lora_privacy.references``.
+        unit: What one neighbour differs by.
+        reason: Why there is no bound; None when there is one.
+
+    Raises:
+        ValueError: A number is NaN or out of range, or a vacuous bound gives no reason.
+    """
+
+    epsilon: float
+    delta: float
+    adjacency: Adjacency
+    method: str
+    assumptions: tuple[str, ...]
+    references: tuple[str, ...]
+    unit: str = "one training example"
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon, self.reason)
+        _validate.choice("adjacency", self.adjacency, get_args(Adjacency))
+        if not (self.delta == 1 and self.reason):
+            _validate.inside("delta", self.delta, 0, 1, "δ = 1 holds for every mechanism.")
+        cite(*self.references)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What no bound of this library covers."""
+        return CAVEATS
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe fields; an infinite ε is the string ``"inf"``, which ``float`` reads back."""
+        return {"kind": "guarantee", **_plain(self), "caveats": list(self.caveats)}
+
+    def __str__(self) -> str:
+        """A paragraph to paste; ε is rounded up in its last digit, δ is printed in full."""
+        if self.reason is not None:
+            head = f"No guarantee at δ = {self.delta!r}: {self.reason}"
+        else:
+            head = f"({round_up(self.epsilon)}, {self.delta!r})-differential privacy (ε in nats)."
+        return " ".join(
+            [
+                head,
+                f"Neighbours: {self.adjacency} of {self.unit}.",
+                f"Method: {self.method} [{cite(*self.references)}].",
+                *(["Assumes: " + "; ".join(self.assumptions) + "."] if self.assumptions else []),
+                *self.caveats,
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImpliedPrivacy:
+    """A heuristic reading of a projection's noise as if it were DP-SGD's. Not a guarantee.
+
+    It answers "if the injected noise were Gaussian, independent of the data and fresh, which ε
+    would an accountant print?" and lists the assumptions that fail. No method turns it into a
+    ``PrivacyBound``.
+
+    Attributes:
+        epsilon: What the accountant would print, in nats; ``inf`` with a ``reason``.
+        delta: The δ handed to the accountant, in (0, 1); the failure probability is not in it.
+        noise_multiplier: Implied z over all layers, dimensionless, >= 0.
+        sample_rate: Batch size over data set size, in (0, 1].
+        steps: Optimizer steps.
+        distortion: Declared distortion τ of the row norms, >= 0.
+        failure_probability: Union bound on the event that some row of some sample in some step
+            is distorted by more than τ, for rows fixed before A is drawn; 1 is vacuous.
+        failure_probability_per_step: The same for one step.
+        aggregation: How the noises of the samples of a batch were taken to add up.
+        layers: ``(out_features, rank)`` of each adapted layer.
+        failing_assumptions: Why this is not a guarantee.
+        references: Keys into ``lora_privacy.references``.
+        reason: Why ε is infinite; None when it is not.
+
+    Raises:
+        ValueError: A number is NaN or out of range, an infinite ε has no reason, or no failing
+            assumption is named.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    distortion: float
+    failure_probability: float
+    failure_probability_per_step: float
+    aggregation: Aggregation
+    layers: tuple[tuple[int, int], ...]
+    failing_assumptions: tuple[str, ...]
+    references: tuple[str, ...]
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon, self.reason)
+        _validate.inside("delta", self.delta, 0, 1)
+        for name in ("noise_multiplier", "distortion"):
+            _validate.between(name, getattr(self, name), 0, math.inf)
+        for name in ("failure_probability", "failure_probability_per_step", "sample_rate"):
+            _validate.between(name, getattr(self, name), 0, 1)
+        _validate.choice("aggregation", self.aggregation, get_args(Aggregation))
+        if not self.failing_assumptions:
+            raise ValueError(
+                "failing_assumptions must name at least one: a reading whose assumptions all held "
+                "would be a guarantee, and this type is none."
+            )
+        cite(*self.references)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe fields; an infinite ε is the string ``"inf"``, which ``float`` reads back."""
+        return {"kind": "heuristic reading, not a guarantee", **_plain(self)}
+
+    def __str__(self) -> str:
+        """A paragraph to paste. It opens by saying what it is not."""
+        epsilon = "infinite" if math.isinf(self.epsilon) else round_up(self.epsilon)
+        because = "" if self.reason is None else f" ({self.reason})"
+        return " ".join(
+            [
+                "Not a guarantee.",
+                "If the noise that the projection injects were Gaussian, independent of the data "
+                f"and fresh, its implied noise multiplier would be {self.noise_multiplier:.4g} "
+                f"and ε would be {epsilon} nats at δ = {self.delta!r}{because}:",
+                f"{self.steps} steps at sampling rate {self.sample_rate:.4g}, "
+                f"{len(self.layers)} adapted layers, {self.aggregation} aggregation,",
+                f"distortion {self.distortion:g}, which fails with probability up to "
+                f"{self.failure_probability:.3g}.",
+                "These assumptions fail: " + "; ".join(self.failing_assumptions) + ".",
+                f"Reading of [{cite(*self.references)}].",
+            ]
+        )
+
+
+def round_up(value: float) -> str:
+    """``value`` in decimal with six significant digits, never below ``value``.
+
+    >>> round_up(1.00000001)
+    '1.00001'
+    """
+    exact = Decimal(value)
+    if exact == 0 or not exact.is_finite():
+        return f"{value:g}"
+    digit = Decimal(1).scaleb(exact.adjusted() - 5)
+    return f"{exact.quantize(digit, rounding=ROUND_CEILING).normalize():g}"
+
+
+def _check_epsilon(epsilon: float, reason: str | None) -> None:
+    _validate.between("epsilon", epsilon, 0, math.inf, "An ε is never NaN and never negative.")
+    if math.isinf(epsilon) and not reason:
+        raise ValueError("reason must say why epsilon is infinite, got none.")
+
+
+def _plain(result: PrivacyBound | ImpliedPrivacy) -> dict[str, Any]:
+    """Fields as JSON types; ``dataclasses.asdict`` keeps tuples and infinities."""
+    return {field.name: _jsonable(getattr(result, field.name)) for field in fields(result)}
+
+
+def _jsonable(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf"
+    return value
