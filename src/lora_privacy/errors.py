@@ -9,6 +9,10 @@ __all__ = [
     "MissingPackageError",
     "NoTargetError",
     "NonFiniteError",
+    "PrefixError",
+    "ProbeError",
+    "StalePrefixError",
+    "StorageError",
     "UnsupportedEventError",
     "UnsupportedLayerError",
 ]
@@ -52,3 +56,19 @@ class FolderInUseError(LoraPrivacyError):
 
 class MissingPackageError(LoraPrivacyError):
     """An optional package is missing; the message says what to install."""
+
+
+class ProbeError(LoraPrivacyError):
+    """A recorded gradient can no longer be computed, or a probe is used out of turn."""
+
+
+class PrefixError(LoraPrivacyError):
+    """A cached prefix does not fit the model, the batch or the example it is used for."""
+
+
+class StalePrefixError(PrefixError):
+    """The weights below the first adapted block changed since the prefix was cached."""
+
+
+class StorageError(LoraPrivacyError):
+    """A saved adapter is missing, damaged, or belongs to another model."""
