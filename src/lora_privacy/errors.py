@@ -14,6 +14,7 @@ __all__ = [
     "StalePrefixError",
     "StorageError",
     "UnsupportedEventError",
+    "UnsupportedLawError",
     "UnsupportedLayerError",
 ]
 
@@ -28,6 +29,10 @@ class ConvergenceError(LoraPrivacyError):
 
 class UnsupportedEventError(LoraPrivacyError):
     """An accountant was handed an event it has no proof for."""
+
+
+class UnsupportedLawError(LoraPrivacyError):
+    """A computation is not known for this law of the noise; the message says what to use."""
 
 
 class UnsupportedLayerError(LoraPrivacyError):

@@ -141,7 +141,7 @@ def adapt(
     if method != "flora" and resample_every != 1:
         raise ValueError(f"resample_every is for method='flora', got method={method!r}.")
     _validate.integer("resample_every", resample_every, 1)
-    _refuse_adapted(model)
+    refuse_adapted(model)
     found = _select(_find_targets(model, targets), layers)
     full = _check_trainable(model, trainable, found)
     projections: dict[str, RandomProjection] = {}
@@ -228,7 +228,8 @@ def _peft_adapter(model: nn.Module, name: str, module: nn.Module, adapter: str) 
     )
 
 
-def _refuse_adapted(model: nn.Module) -> None:
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise AlreadyAdaptedError when ``model`` carries adapters, ours or peft's."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear | FLoRALinear) or is_peft_module(module):
             raise AlreadyAdaptedError(
