@@ -1,0 +1,114 @@
+"""Log density of one entry of the noise: Bessel K, with its uniform expansion at high ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+from lora_privacy.noise._quadrature import Array
+
+__all__ = ["entry_logpdf"]
+
+# From here on the uniform expansion is exact to rounding: its first neglected term is 1e-15.
+_DEBYE_ORDER = 30.0
+_DEBYE_TERMS = 10
+# Beyond it kve of AMOS loses all digits, while two terms of its expansion have them all.
+_LARGE_ARGUMENT = 1e8
+
+
+def entry_logpdf(rank: npt.ArrayLike, rho: npt.ArrayLike, x: npt.ArrayLike) -> Array:
+    """Log density of N = ((1+ρ)X - (1-ρ)Y)/(2r) - ρ at ``x``; X, Y ~ χ²_r independent.
+
+    With t = r(x + ρ) and ν = (r-1)/2 the density of t is
+    ``|t/2|^ν exp(ρt/(1-ρ²)) K_ν(|t|/(1-ρ²)) / (√(π(1-ρ²)) Γ(r/2))``.
+
+    Args:
+        rank: r, at least 1; broadcast.
+        rho: ρ, strictly between -1 and 1; broadcast.
+        x: Where, finite; broadcast. At rank 1 the density is infinite at x = -ρ.
+
+    Returns:
+        The log density, of the broadcast shape.
+
+    References:
+        R. E. Gaunt, "Variance-Gamma approximation via Stein's method", (2.1); DLMF 10.41.4 for
+        the uniform expansion; derivation in docs/theory/noise-laws.md.
+    """
+    r, rho_, x_ = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (rank, rho, x)))
+    shape = x_.shape
+    r, rho_, x_ = r.ravel(), rho_.ravel(), x_.ravel()
+    sign = np.where(rho_ < 0, -1.0, 1.0)  # mirrored, so that ρ >= 0 and 1 - ρ is the small scale
+    rho_, x_ = sign * rho_, sign * x_
+    nu, t = (r - 1) / 2, r * (x_ + rho_)
+    high = nu >= _DEBYE_ORDER
+    result = np.empty(x_.size)
+    for mask, formula in ((high, _uniform), (~high, _bessel)):
+        if mask.any():
+            result[mask] = formula(nu[mask], rho_[mask], t[mask])
+    return (result + np.log(r)).reshape(shape)
+
+
+def _bessel(nu: Array, rho: Array, t: Array) -> Array:
+    """Log density of t by scipy's scaled K, whose exponential is combined with the other one."""
+    spread = (1.0 - rho) * (1.0 + rho)
+    size = np.abs(t)
+    z = size / spread
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        far = 0.5 * np.log(math.pi / (2.0 * z)) + np.log1p((4.0 * nu * nu - 1.0) / (8.0 * z))
+        log_k = np.where(z > _LARGE_ARGUMENT, far, np.log(special.kve(nu, z)))
+        log_size = np.log(size / 2)
+        power = np.where(nu > 0, nu * log_size, 0.0) + log_k
+        # K_ν overflows only where z^ν K_ν(z) has long reached its limit 2^(ν-1) Γ(ν).
+        limit = nu * np.log(spread) - math.log(2.0) + special.gammaln(nu)
+    power = np.where((nu > 0) & ((log_k == np.inf) | (size == 0)), limit, power)
+    decay = np.where(t >= 0, t / (1.0 + rho), -t / (1.0 - rho))
+    return power - decay - special.gammaln(nu + 0.5) - 0.5 * np.log(math.pi * spread)
+
+
+def _uniform(nu: Array, rho: Array, t: Array) -> Array:
+    """Log density of t for large ν: the terms of size ν combine into two that vanish at τ = ρ.
+
+    Debye's exponent minus that of Stirling is ``-ν[(u - ln(1+u)) + d²/(1-τ²)]``, where
+    τ = w/(1+√(1+w²)) with the sign of t, w = |t|/(ν(1-ρ²)), d = τ - ρ, 1 + u = (1-ρ²)/(1-τ²):
+    no digit is lost to ν however large it is.
+    """
+    spread = (1.0 - rho) * (1.0 + rho)
+    w = np.abs(t) / (nu * spread)
+    root = np.hypot(1.0, w)
+    tau = np.copysign(w / (1.0 + root), t)
+    below_one = (1.0 + 1.0 / (root + w)) / (1.0 + root)  # 1 - |τ|
+    rest = 2.0 / (1.0 + root)  # 1 - τ²
+    d = np.where(t > 0, (1.0 - rho) - below_one, tau - rho)
+    u = d * (tau + rho) / rest
+    # 1 + u = spread / rest, whose log is the stable form where u is near -1.
+    log_ratio = np.where(np.abs(u) < 0.5, np.log1p(np.maximum(u, -0.5)), np.log(spread / rest))
+    small = np.abs(u) < 1e-2
+    series = (
+        u * u * (0.5 - u * (1 / 3 - u * (0.25 - u * (0.2 - u * (1 / 6 - u * (1 / 7 - u / 8))))))
+    )
+    exponent = np.where(small, series, u - log_ratio) + d * d / rest
+    p = 1.0 / root
+    factor = np.zeros_like(nu)
+    for coefficients in reversed(_debye_polynomials()):  # Horner in -1/ν
+        factor = np.polynomial.polynomial.polyval(p, coefficients) - factor / nu
+    # ln Γ(ν+1/2) - ν ln ν + ν - ln √(2π), DLMF 5.11.8
+    square = 1.0 / (nu * nu)
+    stirling = -(1 / 24 - square * (7 / 2880 - square * (31 / 40320 - square * 127 / 215040))) / nu
+    prefactor = -0.5 * np.log(4.0 * math.pi * nu * spread / p)
+    return prefactor + np.log(factor) - stirling - nu * exponent
+
+
+@functools.cache
+def _debye_polynomials() -> tuple[Array, ...]:
+    """U_0 … U_10 of DLMF 10.41.9, coefficients by rising powers."""
+    poly = np.polynomial.Polynomial
+    polynomials = [poly([1.0])]
+    for _ in range(_DEBYE_TERMS):
+        last = polynomials[-1]
+        derivative = poly([0, 0, 0.5, 0, -0.5]) * last.deriv()
+        polynomials.append(derivative + (poly([0.125, 0, -0.625]) * last).integ())
+    return tuple(np.asarray(p.coef, np.float64) for p in polynomials)
