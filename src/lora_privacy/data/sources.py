@@ -64,7 +64,7 @@ def load(
         classes: Names of the classes in their order, to give a dev set those of its train set.
             None sorts the values found, whole numbers by size.
         header: Whether line 1 of a delimited file holds names. None: it does when it holds one
-            of the names asked for.
+            of the names asked for, or where none is asked for by name, a usual one.
         delimiter: One character; None takes comma for ``.csv``, tab for ``.tsv`` and ``.tab``,
             and for other files tab if line 1 holds one. Tab-separated files are read without
             quoting (a quote is a character like any other), all others with standard quoting.
@@ -199,6 +199,11 @@ def _labels(
         )
     found = set(values)
     if classes is None:
+        if len(found) > max(50, len(values) // 2):
+            raise DataError(
+                f"{table.where}: column {name!r} has {len(found)} different labels in "
+                f"{len(values)} rows. Is it the text? There are {_shown(table.names)}."
+            )
         if table.header_guessed and values.count(values[0]) == 1 and len(values) >= 10:
             raise DataError(
                 f"{table.where}: the label {values[0]!r} in line 1 occurs nowhere else, which "
@@ -208,11 +213,6 @@ def _labels(
             raise DataError(
                 f"{table.where}: all {len(values)} rows have the label {values[0]!r}; "
                 "classification needs two classes. Is it the right column?"
-            )
-        if len(found) > max(50, len(values) // 2):
-            raise DataError(
-                f"{table.where}: column {name!r} has {len(found)} different labels in "
-                f"{len(values)} rows. Is it the text? There are {_shown(table.names)}."
             )
         whole = all(re.fullmatch(r"-?\d+", value) for value in found)
         classes = sorted(found, key=int) if whole else sorted(found)

@@ -30,12 +30,13 @@ _TRIES: Final = 10_000
 def tickets(size: int, *, seed: int, split: Literal["train", "dev"] = "train") -> TextDataset:
     """Support tickets of eight classes, drawn from a small grammar.
 
-    A ticket is one request that decides its class, among background, asides that speak of other
-    classes as settled, and in 40 % of tickets a request of another class that is marked as
-    minor; a third of the sentences carry a typo. ``LABEL_NOISE`` of the labels are wrong, so no
-    model can do better than 98 % on average. No sentence occurs in both splits, whatever the
-    seeds: a hash of the sentence decides which split may use it. Tickets of one set are
-    distinct, and a smaller set is the beginning of a larger one.
+    A ticket has one to three sentences (at most about 60 word pieces). One request decides its
+    class; around it stand background, asides that speak of other classes as settled, and in 40 %
+    of tickets a request of another class that is marked as minor. A third of the sentences carry
+    a typo. ``LABEL_NOISE`` of the labels are wrong, so no model can do better than 98 % on
+    average. No sentence occurs in both splits, whatever the seeds: a hash of the sentence decides
+    which split may use it. Tickets of one set are distinct, and a smaller set is the beginning of
+    a larger one.
 
     Args:
         size: Number of tickets, at least 1.
@@ -166,10 +167,10 @@ def _ticket(rng: random.Random, topic: str, split: str) -> str:
     if rng.random() < 0.4:
         side = (_grammar.REQUESTS[_pick(rng, others)], _grammar.SIDE_MARKERS)
         parts.insert(_below(rng, len(parts) + 1), side)
-    if rng.random() < 0.3:
+    if len(parts) < 3 and rng.random() < 0.3:
         aside = (_grammar.ASIDES[_pick(rng, others)], _NONE)
         parts.insert(_below(rng, len(parts) + 1), aside)
-    if rng.random() < 0.15:
+    if len(parts) < 3 and rng.random() < 0.15:
         parts.append((_grammar.CLOSINGS, _NONE))
     if rng.random() < 0.3 and parts[0][1] is _NONE:
         parts[0] = parts[0][0], _grammar.GREETINGS
