@@ -9,7 +9,12 @@ from lora_privacy._lazy import attach
 if TYPE_CHECKING:
     from lora_privacy.dp.events import Event, GaussianEvent, SampledGaussian
     from lora_privacy.dp.implicit import implied_noise_multiplier, implied_privacy
-    from lora_privacy.dp.rdp import RdpAccountant, rdp, sampled_gaussian_rdp
+    from lora_privacy.dp.rdp import (
+        RdpAccountant,
+        rdp,
+        sampled_gaussian_bounds,
+        sampled_gaussian_rdp,
+    )
     from lora_privacy.dp.result import Adjacency, Aggregation, ImpliedPrivacy, PrivacyBound
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "implied_noise_multiplier",
     "implied_privacy",
     "rdp",
+    "sampled_gaussian_bounds",
     "sampled_gaussian_rdp",
 ]
 
@@ -41,6 +47,7 @@ __getattr__, __dir__ = attach(
         "implied_noise_multiplier": "implicit",
         "implied_privacy": "implicit",
         "rdp": "rdp",
+        "sampled_gaussian_bounds": "rdp",
         "sampled_gaussian_rdp": "rdp",
     },
 )

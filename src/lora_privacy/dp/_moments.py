@@ -12,10 +12,11 @@ the error bounds are in docs/theory/rdp.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 Array = npt.NDArray[np.float64]
 
@@ -29,23 +30,49 @@ _REACH = 9.5  # standard deviations beyond the outermost mode; φ(9.5) ≈ 1e-20
 _EPS = float(np.finfo(np.float64).eps)
 _MAX_NODES = 1 << 22  # an order that needs more is given up: its divergence is inf
 _BLOCK = 1 << 18  # elements of one work array, so that it stays in cache
-_DIRECT = 30.0  # exponents up to here go through expm1
 _HUGE = 600.0  # exponents beyond it are shifted: exp overflows at 709
 
 
-def log_moment_integer(noise_multiplier: float, sample_rate: float, orders: Array) -> Array:
-    """Upper ends of log A at whole ``orders`` in [2, MAX_INTEGER_ORDER], by the binomial sum.
+def log_moment(noise_multiplier: Array, sample_rate: float, orders: Array) -> Array:
+    """Upper ends of log A, shape (rows, K); ``inf`` where an order needs too many nodes.
+
+    Args:
+        noise_multiplier: z of each row, shape (rows,), within 1e±150.
+        sample_rate: p, in (0, 1).
+        orders: Shape (rows, K), > 1. Whole ones up to ``MAX_INTEGER_ORDER`` are summed exactly,
+            the others integrated.
+    """
+    result = np.full(orders.shape, np.inf)
+    whole = (orders == np.floor(orders)) & (orders <= MAX_INTEGER_ORDER)
+    if whole.any():
+        row, _ = np.nonzero(whole)
+        result[whole] = _sum(noise_multiplier[row], sample_rate, orders[whole])
+    if not whole.all():
+        columns = ~whole.all(axis=0)
+        # What has been summed already is integrated at a cheap order, and dropped.
+        rest = np.where(whole, 1.5, orders)[:, columns]
+        integrals = _integrate(noise_multiplier, sample_rate, rest)
+        result[:, columns] = np.where(whole[:, columns], result[:, columns], integrals)
+    return result
+
+
+def _sum(z: Array, p: float, orders: Array) -> Array:
+    """Log A of each pair of ``z`` and whole order, by the binomial sum.
 
     A - 1 = Σ_{k≥2} C(α,k) (1-p)^{α-k} p^k (e^{k(k-1)/(2z²)} - 1), all terms positive; the terms
     k = 0, 1 of Mironov, Talwar & Zhang, Sec. 3.3, cancel against Σ_k C(α,k)(1-p)^{α-k}p^k = 1.
     """
+    chunk = max(1, int(_BLOCK // orders.max()))
+    if len(orders) > chunk:
+        parts = range(0, len(orders), chunk)
+        return np.concatenate([_sum(z[i : i + chunk], p, orders[i : i + chunk]) for i in parts])
     alpha = orders.astype(np.int64)[:, None]
     k = np.arange(2, int(alpha.max()) + 1)
     rest = alpha - k
-    exponent = k * (k - 1) * (0.5 / noise_multiplier / noise_multiplier)
+    exponent = k * (k - 1.0) * (0.5 / z / z)[:, None]
     # log expm1(x) = x + log(-expm1(-x)), which neither overflows nor cancels.
     log_expm1 = exponent + np.log(-np.expm1(-exponent))
-    log_p, log_not_p = math.log(sample_rate), math.log1p(-sample_rate)
+    log_p, log_not_p = math.log(p), math.log1p(-p)
     terms = (
         _LOG_FACTORIAL[alpha]
         - _LOG_FACTORIAL[k]
@@ -58,75 +85,113 @@ def log_moment_integer(noise_multiplier: float, sample_rate: float, orders: Arra
     peak = terms.max(axis=1)
     log_excess = peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))
     # Each term is off by a few eps of its largest summand.
-    a = orders
-    size = a * (a - 1) * exponent[0] / 2 - a * (log_p + log_not_p) + _LOG_FACTORIAL[alpha[:, 0]]
-    return np.logaddexp(0.0, log_excess + _EPS * (16 + 8 * size))
+    largest = orders * (orders - 1) * (0.5 / z / z) - orders * (log_p + log_not_p)
+    slack = _EPS * (16 + 8 * (largest + _LOG_FACTORIAL[alpha[:, 0]]))
+    return np.logaddexp(0.0, log_excess + slack)
 
 
-def log_moment(noise_multiplier: float, sample_rate: float, orders: Array) -> Array:
-    """Upper ends of log A at real ``orders`` > 1, by the trapezoidal rule; ``inf`` if too wide.
-
-    The integrand is analytic in the strip abs(Im x) < πz² and grows there by no more than the
-    factor e^{Im² / (2z²)}, which gives the step and a certified aliasing error.
-    """
-    step = _step(noise_multiplier)
-    ranks = np.argsort(orders, kind="stable")
+def _integrate(z: Array, p: float, orders: Array) -> Array:
+    """Log A by the trapezoidal rule, in blocks of rows and columns that need similar grids."""
+    step = _step(z)
+    need = (orders / z[:, None] + 2 * _REACH) / step[:, None]
     result = np.full(orders.shape, np.inf)
-    start = 0
-    while start < len(ranks):
-        # Orders that share nodes: up to twice as many as the smallest of them needs.
-        need = (orders[ranks[start:]] / noise_multiplier + 2 * _REACH) / step
-        if need[0] > _MAX_NODES:
-            break  # and so do all larger ones
-        width = min(_MAX_NODES, 2 * need[0])
-        count = int(np.searchsorted(need, width, side="right"))
-        count = max(1, min(count, int(_BLOCK // need[0])))
-        group = ranks[start : start + count]
-        result[group] = _trapezoid(noise_multiplier, sample_rate, orders[group], step)
-        start += count
+    for rows in _alike(need.max(axis=1)):
+        for columns in _alike(need[rows].max(axis=0)):
+            nodes = float(need[np.ix_(rows, columns)].max())
+            if nodes > _MAX_NODES:
+                continue
+            chunk = max(1, int(_BLOCK // (nodes * len(columns))))
+            for i in range(0, len(rows), chunk):
+                cell = np.ix_(rows[i : i + chunk], columns)
+                at = rows[i : i + chunk]
+                result[cell] = _trapezoid(z[at], p, orders[cell], step[at])
     return result
 
 
-def _step(z: float) -> float:
+def _alike(need: Array) -> Iterator[npt.NDArray[np.intp]]:
+    """Split the indices of ``need`` into groups whose members differ by less than two times."""
+    ranks = np.argsort(need, kind="stable")
+    octave = np.floor(np.log2(need[ranks] / need[ranks[0]]))
+    return iter(np.split(ranks, np.flatnonzero(np.diff(octave)) + 1))
+
+
+def _step(z: Array) -> Array:
     """Largest step, in standard deviations, whose aliasing is 2 exp(-_LOG_ALIAS) of the integral.
 
-    Shifting the line of integration by a < πz standard deviations costs e^{a²/2} and gains
-    e^{-2πa/step}; the best a is 2π/step unless the strip ends before.
+    The integrand is analytic in the strip abs(Im x) < πz² and grows there by no more than the
+    factor e^{Im² / (2z²)}. Shifting the line of integration by a < πz standard deviations costs
+    e^{a²/2} and gains e^{-2πa/step}; the best a is 2π/step unless the strip ends before.
     """
-    if math.pi * z >= math.sqrt(2 * _LOG_ALIAS):
-        return math.sqrt(2 * math.pi**2 / _LOG_ALIAS)
-    return 2 * math.pi**2 * z / (_LOG_ALIAS + (math.pi * z) ** 2 / 2)
+    free = math.sqrt(2 * math.pi**2 / _LOG_ALIAS)
+    strip = 2 * math.pi**2 * z / (_LOG_ALIAS + (math.pi * z) ** 2 / 2)
+    return np.where(math.pi * z >= math.sqrt(2 * _LOG_ALIAS), free, strip)
 
 
-def _trapezoid(z: float, p: float, orders: Array, step: float) -> Array:
-    top = float(orders.max())
-    y = step * np.arange(
-        -math.ceil(_REACH / step), math.ceil((top / z + _REACH) / step) + 1, dtype=np.float64
-    )
+def _trapezoid(z: Array, p: float, orders: Array, step: Array) -> Array:
+    """Log A of ``orders`` (rows, K), each row on a grid of its own of one common length."""
+    z, step = z[:, None], step[:, None]
+    left = math.ceil(float((_REACH / step).max()))
+    right = math.ceil(float(((orders.max(axis=1, keepdims=True) / z + _REACH) / step).max()))
+    y = step * np.arange(-left, right + 1, dtype=np.float64)
     s = y / z - 0.5 / z / z
-    safe = p * np.expm1(np.minimum(s, _HUGE))
-    log_ratio = np.where(s < _HUGE, np.log1p(safe), np.logaddexp(math.log1p(-p), s + math.log(p)))
-    log_weight = -0.5 * y * y + math.log(step / math.sqrt(2 * math.pi))
+    u = p * np.expm1(np.minimum(s, _HUGE))
+    log_ratio = np.log1p(u)
+    if s[:, -1].max() > _HUGE:
+        large = np.logaddexp(math.log1p(-p), s + math.log(p))
+        log_ratio = np.where(s > _HUGE, large, log_ratio)
+    log_weight = np.log(step / math.sqrt(2 * math.pi)) - 0.5 * y * y
     weight = np.exp(log_weight)
-    a = orders[:, None]
 
-    # The two forms of (1+u)^α - 1 - αu: the first does not cancel, the second does not overflow.
-    split = int(np.searchsorted(log_ratio, _DIRECT / top))
-    low, high = slice(None, split), slice(split, None)
-    excess = (np.expm1(a * log_ratio[low]) - a * safe[low]) @ weight[low]
-    exponent = a * log_ratio[high] + log_weight[high]
-    shift = np.maximum(0.0, exponent.max(axis=1, initial=-np.inf) - _HUGE)
-    powers = np.exp(exponent - shift[:, None]).sum(axis=1)
-    first = np.exp(log_ratio[high] + log_weight[high]).sum()
-    tilt = powers - orders * first + (orders - 1) * weight[high].sum()
+    # Columns before ``split`` hold no exponent that overflows; log_ratio ascends along a row.
+    top = orders.max(axis=1, keepdims=True)
+    split = int(np.count_nonzero((top * log_ratio).max(axis=0) <= _HUGE))
+    excess = _near(orders, log_ratio[:, :split], u[:, :split], weight[:, :split])
+    shift = np.zeros(orders.shape)
+    powers = np.zeros(orders.shape)
+    if split < y.shape[1]:
+        tail = np.s_[:, split:]
+        near, powers, shift = _far(
+            orders, log_ratio[tail], u[tail], weight[tail], log_weight[tail]
+        )
+        excess += near
 
     # Upper ends: rounding of the exponents, aliasing, and what lies beyond the outermost nodes.
-    rounding = _EPS * (16 + 4 * (orders * y[-1] / z + y[-1] * y[-1] / 2))
-    moved = 2 * orders * p * min(1.0, 0.4 / z)  # ≥ α E|u|
-    beyond = np.exp(orders * log_ratio[-1] + log_weight[-1] - shift) / math.expm1(_REACH * step)
-    before = orders * p * weight[0] * (1 + 1 / (_REACH * step))
-    upper = (excess + tilt) * (1 + rounding) + rounding * moved + beyond + before
+    end = y[:, -1:]
+    rounding = _EPS * (16 + 4 * (orders * end / z + end * end / 2))
+    moved = 2 * orders * p * np.minimum(1.0, 0.4 / z)  # ≥ α E|u|
+    beyond = np.exp(orders * log_ratio[:, -1:] + log_weight[:, -1:] - shift)
+    beyond /= np.expm1(_REACH * step)
+    before = orders * p * weight[:, :1] * (1 + 1 / (_REACH * step))
+    upper = (excess + powers) * (1 + rounding) + rounding * moved + beyond + before
     upper += _ALIAS * (2 + upper + 2 * orders * p)
-    with np.errstate(divide="ignore"):
-        shifted = shift + np.log(powers) + rounding + 4 * _ALIAS
-    return np.where(shift > 0, shifted, np.log1p(np.maximum(upper, 0.0)))
+    result: Array = np.log1p(np.maximum(upper, 0.0))
+    if shift.any():
+        # Here A > e^500, so what is left out is below rounding.
+        far = shift > 0
+        result[far] = shift[far] + np.log(powers[far]) + rounding[far]
+    return result
+
+
+def _near(orders: Array, log_ratio: Array, u: Array, weight: Array) -> Array:
+    """Σ weight · ((1+u)^α - 1 - αu) where no power overflows."""
+    powers = np.expm1(orders[:, :, None] * log_ratio[:, None, :])
+    powers -= orders[:, :, None] * u[:, None, :]
+    return np.matmul(powers, weight[:, :, None])[:, :, 0]
+
+
+def _far(
+    orders: Array, log_ratio: Array, u: Array, weight: Array, log_weight: Array
+) -> tuple[Array, Array, Array]:
+    """The same sum where some powers overflow: small ones, large ones over e^shift, and shift."""
+    a, log_ratio = orders[:, :, None], log_ratio[:, None, :]
+    exponent = a * log_ratio
+    small = exponent <= _HUGE
+    direct = np.expm1(np.minimum(exponent, _HUGE)) - a * u[:, None, :]
+    near = np.matmul(np.where(small, direct, 0.0), weight[:, :, None])[:, :, 0]
+    # (1+u)^α - 1 - αu = (1+u)^α · (1 - α v + (α-1) v (1+u)^-1), v = (1+u)^{1-α}; the last term is
+    # below e^-500 of the first, and 1 - α v = -expm1(log v) - (α-1) v does not cancel.
+    log_v = -(a - 1) * log_ratio
+    log_tilt = np.log(np.maximum(-np.expm1(log_v) - (a - 1) * np.exp(log_v), 1e-300))
+    exponent = np.where(small, -np.inf, exponent + log_weight[:, None, :] + log_tilt)
+    shift = np.maximum(0.0, exponent.max(axis=2) - _HUGE)
+    return near, np.exp(exponent - shift[:, :, None]).sum(axis=2), shift

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import get_args
 
-from scipy import special
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy import _validate
 from lora_privacy.dp.events import SampledGaussian

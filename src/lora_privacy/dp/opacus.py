@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from opacus.accountants import RDPAccountant as OpacusRdpAccountant
+from opacus.accountants import (  # pyright: ignore[reportMissingTypeStubs]
+    RDPAccountant as OpacusRdpAccountant,
+)
 
 from lora_privacy.dp.events import SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
@@ -36,7 +38,7 @@ def to_opacus(source: ImpliedPrivacy | RdpAccountant) -> OpacusRdpAccountant:
                 f"The reading has an implied noise multiplier of {source.noise_multiplier:g}: "
                 f"{source.reason}. There is no noise for Opacus to account; lower the distortion."
             )
-    elif isinstance(source, RdpAccountant):
+    elif isinstance(source, RdpAccountant):  # pyright: ignore[reportUnnecessaryIsInstance]
         if source.adjacency != "add-remove":
             raise UnsupportedEventError(
                 "Opacus accounts for adding or removing one record; the accountant has "

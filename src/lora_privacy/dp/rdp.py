@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, get_args
 
@@ -12,18 +12,17 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _moments
+from lora_privacy.dp._conversion import least_epsilon, least_log_delta
 from lora_privacy.dp.events import Event, GaussianEvent, SampledGaussian, check_sample_rate
 from lora_privacy.dp.result import Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
 
-__all__ = ["RdpAccountant", "rdp", "sampled_gaussian_rdp"]
+__all__ = ["RdpAccountant", "rdp", "sampled_gaussian_bounds", "sampled_gaussian_rdp"]
 
 Array = npt.NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)
-# The lattice of orders 1 + 2^(k/96): neighbours lose less than 1e-5 of ε against the best order.
-_PER_OCTAVE = 96
-_LOWEST, _HIGHEST = -40 * _PER_OCTAVE, 60 * _PER_OCTAVE
+_NO_PURE_DP = "Gaussian noise gives no finite ε at δ = 0."
 _REFERENCES = ("mironov-rdp-2017", "mironov-sampled-2019", "canonne-discrete-2020")
 
 
@@ -58,8 +57,8 @@ def sampled_gaussian_rdp(
     check_sample_rate(sample_rate)
     for noise in noises.ravel():
         _validate.positive("noise_multiplier", float(noise))
-    rows = [_one_noise(float(z), float(sample_rate), wanted.ravel()) for z in noises.ravel()]
-    return np.reshape(np.array(rows, dtype=np.float64), noises.shape + wanted.shape)
+    flat = np.broadcast_to(wanted.ravel(), (noises.size, wanted.size))
+    return _rows(noises.ravel(), sample_rate, flat).reshape(noises.shape + wanted.shape)
 
 
 def rdp(event: Event, orders: npt.ArrayLike, *, adjacency: Adjacency = "add-remove") -> Array:
@@ -78,9 +77,7 @@ def rdp(event: Event, orders: npt.ArrayLike, *, adjacency: Adjacency = "add-remo
     _validate.choice("adjacency", adjacency, get_args(Adjacency))
     wanted = _checked_orders(orders)
     _refuse_unproved(event, adjacency)
-    moved = 2.0 if adjacency == "replace" else 1.0
-    rate = event.sample_rate if isinstance(event, SampledGaussian) else 1.0
-    return _one_noise(event.noise_multiplier / moved, rate, wanted.ravel()).reshape(wanted.shape)
+    return _divergences(event, wanted.ravel(), adjacency).reshape(wanted.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +111,15 @@ class RdpAccountant:
     def __post_init__(self) -> None:
         _validate.choice("adjacency", self.adjacency, get_args(Adjacency))
         if self.orders is not None:
-            kept = tuple(sorted({float(order) for order in self.orders}))
-            if not kept:
-                raise ValueError("orders must name at least one order, got none. Use orders=None.")
-            _checked_orders(kept)
-            object.__setattr__(self, "orders", kept)
+            grid = _checked_orders(self.orders)
+            if grid.ndim != 1 or not grid.size:
+                raise ValueError(
+                    f"orders must be a flat sequence, not empty, got {self.orders!r}. "
+                    "Use orders=None to search for the best one."
+                )
+            if not np.all(grid[1:] > grid[:-1]):
+                # Ascending, so that the search may rely on it.
+                object.__setattr__(self, "orders", tuple(np.unique(grid).tolist()))
         for event, count in self.events:
             _refuse_unproved(event, self.adjacency)
             _validate.integer("count", count, 1)
@@ -139,22 +140,14 @@ class RdpAccountant:
     def epsilon(self, delta: float) -> PrivacyBound:
         """Smallest ε proved at ``delta``, rounded up; ValueError unless 0 < delta < 1.
 
-        The minimum over orders α of R(α) + log((α-1)/α) - (log δ + log α)/(α-1), or 0 if that is
-        negative, where R is the composed divergence.
+        Floating-point rounding is bounded and added, so an ε may be above the exact minimum by
+        about 1e-11 of it, and never below.
         """
-        _validate.inside("delta", delta, 0, 1, "Gaussian noise gives no finite ε at δ = 0.")
-        log_delta = math.log(delta)
-
-        def objective(orders: Array) -> Array:
-            spread = orders - 1
-            cost = self._total(orders)
-            gain = np.log(spread) - np.log(orders)
-            price = -(log_delta + np.log(orders)) / spread
-            slack = 8 * _EPS * (cost - gain - (log_delta - np.log(orders)) / spread)
-            return cost + gain + price + slack
-
-        value = max(0.0, self._minimum(objective, -log_delta)) if self.events else 0.0
-        return self._bound(value, delta, None if math.isfinite(value) else _OVERFLOW)
+        _validate.inside("delta", delta, 0, 1, _NO_PURE_DP)
+        value = 0.0
+        if self.events:
+            value = float(least_epsilon(self._cost, self._plain(), delta, self.orders)[0])
+        return _bound(value, delta, self.adjacency, [event for event, _ in self.events])
 
     def delta(self, epsilon: float) -> PrivacyBound:
         """Smallest δ proved at ``epsilon``, rounded up and at least 5e-324.
@@ -165,107 +158,113 @@ class RdpAccountant:
         if not 0 <= epsilon < math.inf:
             raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
 
-        def objective(orders: Array) -> Array:
-            spread = orders - 1
-            cost, gain = self._total(orders), np.log(spread) - np.log(orders)
-            slack = 8 * _EPS * (spread * (cost + epsilon - gain) + np.log(orders))
-            return spread * (cost - epsilon + gain) - np.log(orders) + slack
-
-        low = self._minimum(objective, epsilon + 1.0) if self.events else -math.inf
+        low = -math.inf
+        if self.events:
+            low = float(least_log_delta(self._cost, self._plain(), epsilon, self.orders)[0])
         value = min(1.0, math.nextafter(math.exp(min(low, 0.0)), 2.0))
-        vacuous = f"the Rényi divergences prove no δ below 1 at ε = {epsilon!r}."
-        return self._bound(epsilon, value, None if value < 1 else vacuous)
+        return _bound(epsilon, value, self.adjacency, [event for event, _ in self.events])
 
-    def _total(self, orders: Array) -> Array:
-        """Composed divergence, rounded up."""
+    def _cost(self, rows: npt.NDArray[np.int64], orders: Array) -> Array:
+        """Composed divergence of the only row, rounded up."""
         total = np.zeros(orders.shape)
         for event, count in self.events:
-            total += count * rdp(event, orders, adjacency=self.adjacency)
-        return total * (1 + 4 * _EPS * (len(self.events) + 1))
+            total += count * _divergences(event, orders, self.adjacency)
+        return total * (1 + 4 * _EPS * (len(self.events) + len(rows)))
 
-    def _minimum(self, objective: Callable[[Array], Array], price: float) -> float:
-        """Minimum over the orders; any order gives a bound, so a missed one costs tightness."""
-        if self.orders is not None:
-            fixed = np.array(self.orders)
-            first, last = 0, len(fixed) - 1
-            return _search(lambda k: objective(fixed[k]), first, last, last // 2, (12, 1))
-        # Without sampling the best order is near 1 + √(price/cost); with sampling it is larger.
+    def _plain(self) -> Array:
+        """Composed divergence at order 1 without sampling, about."""
         moved = 2.0 if self.adjacency == "replace" else 1.0
-        cost = sum(n * (moved / event.noise_multiplier) ** 2 / 2 for event, n in self.events)
-        guess = 0.5 * _PER_OCTAVE * (math.log2(price) - math.log2(max(cost, 1e-300)))
-        start = int(min(max(guess, _LOWEST), _HIGHEST))
-        return _search(
-            lambda k: objective(1.0 + np.exp2(k / _PER_OCTAVE)),
-            _LOWEST,
-            _HIGHEST,
-            start,
-            (_PER_OCTAVE, _PER_OCTAVE // 8, 1),
-        )
-
-    def _bound(self, epsilon: float, delta: float, reason: str | None) -> PrivacyBound:
-        assumptions = ["each record's contribution to a release has norm at most the clip norm"]
-        if any(isinstance(event, SampledGaussian) for event, _ in self.events):
-            assumptions.append("batches are Poisson samples that stay secret")
-        assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
-        return PrivacyBound(
-            epsilon=epsilon,
-            delta=delta,
-            adjacency=self.adjacency,
-            method="rdp",
-            assumptions=tuple(assumptions),
-            references=_REFERENCES,
-            reason=reason,
-        )
+        parts = [n * (moved / event.noise_multiplier) ** 2 / 2 for event, n in self.events]
+        return np.clip([math.fsum(parts)], 1e-300, 1e300)
 
 
-_OVERFLOW = "the Rényi divergence is beyond double precision at every order tried."
+def sampled_gaussian_bounds(
+    noise_multiplier: npt.ArrayLike,
+    sample_rate: float,
+    *,
+    steps: int,
+    delta: float,
+    orders: tuple[float, ...] | None = None,
+) -> list[PrivacyBound]:
+    """Bounds of many runs that differ in their noise only, solved together.
 
+    The same numbers as ``RdpAccountant().compose(SampledGaussian(z, p), steps).epsilon(delta)``
+    one z at a time, several times faster.
 
-def _search(
-    objective: Callable[[npt.NDArray[np.int64]], Array],
-    first: int,
-    last: int,
-    start: int,
-    strides: Iterable[int],
-) -> float:
-    """Minimum of a unimodal ``objective`` over the whole numbers first..last.
+    Args:
+        noise_multiplier: z of each run, flat.
+        sample_rate: Probability that a record takes part, in (0, 1].
+        steps: Releases of each run, at least 1.
+        delta: δ, in (0, 1).
+        orders: As in ``RdpAccountant``.
 
-    Unimodal because the numerator of ε(α) = N(α)/(α-1) is convex (docs/theory/rdp.md). Each round
-    looks at 13 points and walks on while the best one is at an edge of its window.
+    Raises:
+        ValueError: An argument is out of range or NaN.
+        TypeError: ``steps`` is no integer.
     """
-    best, value = start, math.inf
-    for stride in strides:
-        while True:
-            points = best + stride * np.arange(-_HALF_WINDOW, _HALF_WINDOW + 1)
-            points = np.unique(np.clip(points, first, last))
-            values = objective(points)
-            # An overflow says only that the order is too large, so it sends the search down.
-            at = int(np.argmin(np.where(np.isnan(values), np.inf, values)))
-            inner = 0 < at < len(points) - 1
-            best = int(points[at])
-            value = min(value, float(values[at]))
-            if inner or best in (first, last):
-                break
-    return value
+    noises = np.atleast_1d(np.asarray(noise_multiplier, dtype=np.float64))
+    if noises.ndim != 1:
+        raise ValueError(f"noise_multiplier must be flat, got shape {noises.shape}.")
+    events = [SampledGaussian(float(z), float(sample_rate)) for z in noises]
+    steps = _validate.integer("steps", steps, 1)
+    _validate.inside("delta", delta, 0, 1, _NO_PURE_DP)
+    grid = RdpAccountant(orders=orders).orders
+
+    def cost(rows: npt.NDArray[np.int64], wanted: Array) -> Array:
+        return steps * _rows(noises[rows], sample_rate, wanted) * (1 + 8 * _EPS)
+
+    with np.errstate(over="ignore"):
+        plain = np.clip(steps * 0.5 / noises / noises, 1e-300, 1e300)
+    values = least_epsilon(cost, plain, delta, grid) if events else np.zeros(0)
+    return [
+        _bound(float(value), delta, "add-remove", [event])
+        for value, event in zip(values, events, strict=True)
+    ]
 
 
-_HALF_WINDOW = 6
+def _bound(
+    epsilon: float, delta: float, adjacency: Adjacency, events: Sequence[Event]
+) -> PrivacyBound:
+    reason = None
+    if math.isinf(epsilon):
+        reason = "the Rényi divergence is beyond double precision at every order tried."
+    elif delta == 1:
+        reason = f"the Rényi divergences prove no δ below 1 at ε = {epsilon!r}."
+    assumptions = ["each record's contribution to a release has norm at most the clip norm"]
+    if any(isinstance(event, SampledGaussian) for event in events):
+        assumptions.append("batches are Poisson samples that stay secret")
+    assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
+    return PrivacyBound(
+        epsilon=epsilon,
+        delta=delta,
+        adjacency=adjacency,
+        method="rdp",
+        assumptions=tuple(assumptions),
+        references=_REFERENCES,
+        reason=reason,
+    )
 
 
-def _one_noise(z: float, p: float, orders: Array) -> Array:
-    """Divergences at flat ``orders``, each rounded up by one unit in the last place at least."""
-    scale = 0.5 / z / z if z > 1e-150 else math.inf
-    if p == 1 or not math.isfinite(scale):
-        return np.nextafter(orders * scale * (1 + 4 * _EPS), np.inf)
-    whole = (orders == np.floor(orders)) & (orders <= _moments.MAX_INTEGER_ORDER)
-    result = np.empty(orders.shape)
-    if whole.any():
-        result[whole] = _moments.log_moment_integer(z, p, orders[whole])
-    if not whole.all():
-        result[~whole] = _moments.log_moment(z, p, orders[~whole])
-    # Sampling never costs more than no sampling (quasi-convexity), so the plain value caps it.
-    plain = orders * scale
-    return np.nextafter(np.minimum(result / (orders - 1), plain) * (1 + 4 * _EPS), np.inf)
+def _divergences(event: Event, orders: Array, adjacency: Adjacency) -> Array:
+    """Divergences of one event, of the shape of ``orders``, rounded up."""
+    moved = 2.0 if adjacency == "replace" else 1.0
+    rate = event.sample_rate if isinstance(event, SampledGaussian) else 1.0
+    noises = np.array([event.noise_multiplier / moved])
+    return _rows(noises, rate, orders.reshape(1, -1)).reshape(orders.shape)
+
+
+def _rows(noises: Array, rate: float, orders: Array) -> Array:
+    """Divergences of the sampled Gaussian, ``orders`` (rows, K), rounded up."""
+    # 1e±150 keeps z² inside double precision; at the ends the plain value is used.
+    with np.errstate(over="ignore"):
+        plain = orders * (0.5 / noises / noises)[:, None]
+    usual = (noises > 1e-150) & (noises < 1e150)
+    result = plain.copy()
+    if rate < 1 and usual.any():
+        sampled = _moments.log_moment(noises[usual], rate, orders[usual]) / (orders[usual] - 1)
+        # Sampling never costs more than no sampling, by joint quasi-convexity.
+        result[usual] = np.minimum(sampled, plain[usual])
+    return np.nextafter(result * (1 + 4 * _EPS), np.inf)
 
 
 def _checked_orders(orders: npt.ArrayLike) -> Array:
@@ -276,7 +275,7 @@ def _checked_orders(orders: npt.ArrayLike) -> Array:
 
 
 def _refuse_unproved(event: Event, adjacency: Adjacency) -> None:
-    if not isinstance(event, GaussianEvent | SampledGaussian):
+    if not isinstance(event, (GaussianEvent, SampledGaussian)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedEventError(
             f"RdpAccountant has no proof for {type(event).__name__}; it knows GaussianEvent and "
             "SampledGaussian."

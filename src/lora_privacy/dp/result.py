@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from decimal import ROUND_CEILING, Decimal
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lora_privacy import _validate
 from lora_privacy.references import cite
@@ -192,9 +192,9 @@ def _plain(result: PrivacyBound | ImpliedPrivacy) -> dict[str, Any]:
     return {field.name: _jsonable(getattr(result, field.name)) for field in fields(result)}
 
 
-def _jsonable(value: Any) -> Any:  # noqa: ANN401
+def _jsonable(value: object) -> object:
     if isinstance(value, tuple):
-        return [_jsonable(item) for item in value]
+        return [_jsonable(item) for item in cast("tuple[object, ...]", value)]
     if isinstance(value, float) and math.isinf(value):
         return "inf"
     return value
