@@ -111,6 +111,7 @@ def test_columns_by_number_with_a_header(write: Write) -> None:
 def test_text_without_labels(write: Write) -> None:
     """Naming the text column alone leaves the labels out, also where a column could be one."""
     assert load(write("p.tsv", PLAIN), text_columns="text").labels is None
+    assert load(write("p.tsv", PLAIN), text_columns="text", classes=()).classes == ()
 
 
 def test_dev_uses_the_classes_of_train(write: Write) -> None:
@@ -130,8 +131,7 @@ def test_a_folder_holds_splits(write: Write, tmp_path: Path) -> None:
     assert load(tmp_path, split="train").origin == "train.tsv"
     with pytest.raises(DataError, match=r"split='test' matches 0 of 'dev.tsv', 'train.tsv'"):
         load(tmp_path, split="test")
-    with pytest.raises(ValueError, match="is one file"):
-        load(tmp_path / "train.tsv", split="train")
+    assert load(tmp_path / "train.tsv", split="validation") == load(tmp_path, split="train")
 
 
 BAD: list[tuple[str, str | bytes, dict[str, Any], str]] = [

@@ -56,7 +56,7 @@ def load(
             ``.jsonl``, or another delimited text file); a folder that holds one file per split;
             or a hub id such as ``"stanfordnlp/sst2"`` or ``"nyu-mll/glue:cola"`` (id:config).
         split: Split of a hub id or of the tickets (``"train"`` when None), or the name without
-            suffix of the file to read in a folder.
+            suffix of the file to read in a folder. One file is read whole, whatever the split.
         text_columns: The column with the text, or two columns for pairs: names, or numbers from
             0. None looks for usual names such as ``text``, ``sentence`` or ``mr`` with ``ref``.
         label_column: The column with the class. None means no labels; only when
@@ -108,7 +108,7 @@ def load(
     labels = None
     if label_column is not None:
         labels, classes = _labels(table, label_column, classes)
-    elif classes is not None:
+    elif classes:
         raise ValueError("classes are given, but no label_column.")
     dataset = TextDataset(
         name=name,
@@ -252,11 +252,6 @@ def _local_path(source: str) -> Path | None:
 
 def _file_of(path: Path, split: str | None) -> Path:
     if not path.is_dir():
-        if split is not None:
-            raise ValueError(
-                f"split={split!r} is for hub ids and folders; {path.name} is one file. "
-                "Load it whole and use .split(share, seed)."
-            )
         return path
     there = sorted(p for p in path.iterdir() if p.suffix.lower() in _files.SUFFIXES)
     match = [p for p in there if p.stem == split]
