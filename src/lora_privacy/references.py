@@ -149,6 +149,14 @@ _ALL = (
         kind="article",
     ),
     Reference(
+        key="dembo-inequalities-1991",
+        authors="Dembo, Amir and Cover, Thomas M. and Thomas, Joy A.",
+        title="Information theoretic inequalities",
+        year=1991,
+        venue="IEEE Transactions on Information Theory 37(6)",
+        kind="article",
+    ),
+    Reference(
         key="massart-dkw-1990",
         authors="Massart, Pascal",
         title="The Tight Constant in the Dvoretzky–Kiefer–Wolfowitz Inequality",
@@ -185,5 +193,7 @@ def bibtex(*keys: str) -> str:
 
 def _get(key: str) -> Reference:
     if key not in REFERENCES:
-        raise ValueError(f"{key!r} is no reference of this library; known: {', '.join(REFERENCES)}.")
+        raise ValueError(
+            f"{key!r} is no reference of this library; known: {', '.join(REFERENCES)}."
+        )
     return REFERENCES[key]

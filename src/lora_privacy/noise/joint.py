@@ -6,6 +6,7 @@ Theory and proofs: ``docs/theory/distance-to-gaussian.md``, sections 4 and 5.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math
@@ -17,6 +18,7 @@ from scipy import special, stats
 
 from lora_privacy import _validate
 from lora_privacy.errors import ConvergenceError, NonFiniteError
+from lora_privacy.noise._stirling import log_gamma_remainder
 from lora_privacy.noise.distance import Distance
 
 __all__ = ["joint_tv_to_gaussian", "matrix_tv_to_gaussian"]
@@ -188,17 +190,10 @@ def _log_density(y: Array, rank: int, perpendicular: int, along: float) -> tuple
     """
     k = rank / 2.0
     gap = np.expm1(y)
-    log_p = 0.5 * np.log(k / (2.0 * np.pi)) - _stirling(k) + k * (y - gap) - y
+    log_p = 0.5 * np.log(k / (2.0 * np.pi)) - log_gamma_remainder(k) + k * (y - gap) - y
     with np.errstate(over="ignore"):
         log_q = 0.5 * np.log(k / (np.pi * along)) - k * gap * gap / along
     return log_p, log_p - log_q - perpendicular / 2.0 * y
-
-
-def _stirling(k: float) -> float:
-    """Remainder ln Γ(k) − [(k − ½) ln k − k + ½ ln 2π]; the series does not cancel."""
-    if k < 16.0:
-        return float(special.gammaln(k) - ((k - 0.5) * np.log(k) - k + 0.5 * np.log(2.0 * np.pi)))
-    return 1 / (12 * k) - 1 / (360 * k**3) + 1 / (1260 * k**5) - 1 / (1680 * k**7)
 
 
 def _panels(rank: int, perpendicular: int, along: float) -> Array:
