@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from _measure import MIN_PAIRS, measure, ratio
-from lora_privacy.core.adapt import adapt
+from lora_privacy.core.adapter import adapt
 from lora_privacy.core.probe import GradientProbe
 
 if TYPE_CHECKING:

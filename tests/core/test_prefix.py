@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_privacy.core.adapt import adapt, adapters
+from lora_privacy.core.adapter import adapt, adapters
 from lora_privacy.core.prefix import CachedPrefix
 from lora_privacy.core.probe import GradientProbe
 from lora_privacy.errors import PrefixError, StalePrefixError

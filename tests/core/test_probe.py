@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_privacy.core.adapt import adapt, adapters
+from lora_privacy.core.adapter import adapt, adapters
 from lora_privacy.core.probe import GradientProbe
 from lora_privacy.errors import NonFiniteError, NoTargetError, ProbeError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lora_privacy._lazy import attach
 
 if TYPE_CHECKING:
-    from lora_privacy.core.adapt import Adapter, adapt, adapters
+    from lora_privacy.core.adapter import Adapter, adapt, adapters
     from lora_privacy.core.dynamics import (
         AdapterSnapshot,
         Recursion,
@@ -66,7 +66,7 @@ __all__ = [
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "Adapter": "adapt",
+        "Adapter": "adapter",
         "AdapterSnapshot": "dynamics",
         "CachedPrefix": "prefix",
         "FLoRALinear": "flora",
@@ -76,8 +76,8 @@ __getattr__, __dir__ = attach(
         "LoRALinear": "lora",
         "RandomProjection": "projection",
         "Recursion": "dynamics",
-        "adapt": "adapt",
-        "adapters": "adapt",
+        "adapt": "adapter",
+        "adapters": "adapter",
         "decompress": "flora",
         "disagreement": "dynamics",
         "drift": "dynamics",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_privacy import _validate
-from lora_privacy.core.adapt import adapters
+from lora_privacy.core.adapter import adapters
 from lora_privacy.errors import NonFiniteError
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ class FLoRALinear(nn.Module):
     The forward pass is ``base(x) + s B (A x)`` with B = 0: autograd leaves ``s G Aᵀ``, of shape
     (out_features, rank), in the gradient of B (``expand.weight``), summed over micro-batches,
     and never forms G, the gradient of the weight. B itself must stay 0; an optimiser that moves
-    it is reported at the next forward pass.
+    it is reported at the next forward pass, or (fused, on a GPU) at the end of the cycle.
 
     The trained weight is ``weight``. For a float32 or float64 base it is the base's own
     parameter. For a half-precision base it is a float32 master, ``master``, from which the base
@@ -142,7 +142,9 @@ class FLoRALinear(nn.Module):
             LoraPrivacyError: B has been moved, by an optimiser step without ``decompress``.
         """
         probe = self.expand.weight
-        if probe._version != self._probe_version:
+        # Fused optimisers do not move the version, and off the CPU reading the value would wait
+        # for the device in every layer: there fold, decompress and refresh look once a cycle.
+        if probe._version != self._probe_version or probe.device.type == "cpu":
             self._check_probe()
         weight = self.base.weight.detach()
         if is_conv1d(self.base):
@@ -153,7 +155,7 @@ class FLoRALinear(nn.Module):
         return (result + self.expand(compressed)).to(result.dtype)
 
     def _check_probe(self) -> None:
-        # The version moves with any write, loading a state dict included; only the value tells.
+        # The version moves with harmless writes too, such as loading a state dict.
         probe = self.expand.weight
         if bool(probe.detach().any()):
             raise LoraPrivacyError(
@@ -181,6 +183,7 @@ class FLoRALinear(nn.Module):
                 f"factor must have shape {tuple(self.expand.weight.shape)}, got "
                 f"{tuple(factor.shape)}."
             )
+        self._check_probe()
         _check_finite("The factor to fold", factor)
         factor = factor.to(self.expand.weight)
         self._log(factor)
@@ -198,6 +201,8 @@ class FLoRALinear(nn.Module):
         Raises:
             NonFiniteError: The gradient holds NaN or infinity.
         """
+        self._check_probe()
+        self._factors = None  # a dense optimiser is about to move the weight
         grad = self.expand.weight.grad
         if grad is None:
             self.weight.grad = None
@@ -213,6 +218,7 @@ class FLoRALinear(nn.Module):
         Raises:
             LoraPrivacyError: A compressed gradient is pending; under another A it means nothing.
         """
+        self._check_probe()
         grad = self.expand.weight.grad
         if grad is not None and bool(grad.any()):
             raise LoraPrivacyError(

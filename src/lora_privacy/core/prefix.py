@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_privacy.core.adapt import adapters
-from lora_privacy.errors import NoTargetError, PrefixError, StalePrefixError
+from lora_privacy.core.adapter import adapters
+from lora_privacy.errors import NoTargetError, PrefixError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 __all__ = ["CachedPrefix"]
 
-_SAMPLES = 16  # entries of each weight that are compared at every use
-_IGNORED_LABEL = -100  # what transformers' token losses leave out
-_HASH_STEP = -7046029254386353131  # 2^64 over the golden ratio, odd, as int64
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Where the states of an example lie, and one number for its tokens."""
+
+    start: int
+    end: int
+    checksum: int | None
 
 
 class CachedPrefix:
@@ -59,23 +64,20 @@ class CachedPrefix:
         self._dtype = dtype
         self._blocks = _find_blocks(model)
         self.depth = _count_frozen(model, self._blocks)
-        self._index: dict[Hashable, int] = {}
-        self._offsets = [0]
-        self._checksums: list[int | None] = []
+        self._rows: dict[Hashable, _Row] = {}
         self._states = torch.empty(0)
+        self._used = 0
         self._hidden_dtype = torch.float32
         self._tuples: list[bool] = []
-        self._weights: dict[str, Tensor] = {}
-        self._seen: tuple[object, ...] = ()
-        self._digest = b""
+        self._weights: FrozenWeights | None = None
         self._in_use = False
 
     def __len__(self) -> int:
         """Number of examples remembered."""
-        return len(self._index)
+        return len(self._rows)
 
     def __contains__(self, example_id: object) -> bool:
-        return example_id in self._index
+        return example_id in self._rows
 
     @property
     def nbytes(self) -> int:
@@ -102,8 +104,8 @@ class CachedPrefix:
         """
         if self.depth == 0:
             return
-        if self._weights:
-            self._check_fresh()
+        if self._weights is not None:
+            self._weights.check()
         first = True
         for example_ids, inputs in batches:
             ids = _as_list(example_ids)
@@ -114,9 +116,7 @@ class CachedPrefix:
                 if first:
                     with self.using(ids, inputs.get("attention_mask")):
                         cached = self._model(**inputs)
-                    _check_agreement(
-                        full, cached, inputs.get("attention_mask"), self._states.dtype
-                    )
+                    check_agreement(full, cached, inputs.get("attention_mask"), self._states.dtype)
             first = False
 
     @contextmanager
@@ -147,9 +147,9 @@ class CachedPrefix:
         if self._in_use:
             raise PrefixError("using() is active already; leave it before the next batch.")
         rows = [self._row(example_id) for example_id in _as_list(example_ids)]
-        self._check_fresh()
+        if self._weights is not None:
+            self._weights.check()
         states, mask = self._gather(rows, attention_mask)
-        checksums = [self._checksums[row] for row in rows]
 
         def stand_in(block: int) -> Callable[..., Tensor | tuple[Tensor]]:
             def forward(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:  # noqa: ANN401
@@ -161,7 +161,7 @@ class CachedPrefix:
             return forward
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _check_batch(args, kwargs, mask, checksums)
+            check_batch(args, kwargs, mask, [row.checksum for row in rows])
 
         with ExitStack() as stack:
             self._in_use = True
@@ -170,7 +170,7 @@ class CachedPrefix:
                 stack.enter_context(_forward_replaced(block, stand_in(i)))
             handles = (
                 self._model.register_forward_pre_hook(before, with_kwargs=True),
-                self._model.register_forward_hook(_check_output),
+                self._model.register_forward_hook(check_output),
             )
             for handle in handles:
                 stack.callback(handle.remove)
@@ -186,23 +186,23 @@ class CachedPrefix:
         # Reentrant checkpointing gives no gradients unless the input of a block asks for one.
         return states.requires_grad_(hidden.requires_grad)
 
-    def _row(self, example_id: Hashable) -> int:
-        if example_id not in self._index:
+    def _row(self, example_id: Hashable) -> _Row:
+        if example_id not in self._rows:
             raise PrefixError(
                 f"Example {example_id!r} is not in the cached prefix ({len(self)} examples are); "
                 "pass it to fill() first."
             )
-        return self._index[example_id]
+        return self._rows[example_id]
 
-    def _gather(self, rows: list[int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _gather(self, rows: list[_Row], mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """States (batch, tokens, width), 0 at padding, and the mask, bool, on the CPU."""
-        starts = torch.tensor([self._offsets[row] for row in rows])
-        lengths = torch.tensor([self._offsets[row + 1] for row in rows]) - starts
+        starts = torch.tensor([row.start for row in rows])
+        lengths = torch.tensor([row.end for row in rows]) - starts
         if mask is None:
             if len(set(lengths.tolist())) > 1:
                 raise PrefixError("The examples differ in length; pass their attention_mask.")
             mask = torch.ones(len(rows), int(lengths.max()), dtype=torch.bool)
-        mask = _right_padded(mask)
+        mask = right_padded(mask)
         if mask.shape[0] != len(rows) or not torch.equal(mask.sum(1), lengths):
             raise PrefixError(
                 f"attention_mask must cover the cached lengths {lengths.tolist()}, got "
@@ -247,10 +247,8 @@ class CachedPrefix:
             for kind in (module.named_parameters, module.named_buffers)
             for name, tensor in kind(recurse=module not in above)
         }
-        if not self._weights:
-            self._weights, self._tuples = weights, tuples
-            self._check_frozen()
-            self._seen, self._digest = self._fingerprint(), self._hash()
+        if self._weights is None:
+            self._weights, self._tuples = FrozenWeights(weights), tuples
         return full
 
     def _capture(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -278,69 +276,31 @@ class CachedPrefix:
 
     def _append(self, ids: list[Hashable], inputs: Mapping[str, Any], hidden: Tensor) -> None:
         mask = inputs.get("attention_mask")
-        mask = _right_padded(torch.ones(hidden.shape[:2]) if mask is None else mask)
+        mask = right_padded(torch.ones(hidden.shape[:2]) if mask is None else mask)
         if mask.shape != hidden.shape[:2] or len(ids) != len(hidden):
             raise ValueError(
                 f"A batch needs one id a row and a mask of shape {tuple(hidden.shape[:2])}, got "
                 f"{len(ids)} ids and a mask of shape {tuple(mask.shape)}."
             )
-        repeated = [i for i in ids if i in self._index] or (len(set(ids)) < len(ids) and ids)
+        repeated = [i for i in ids if i in self._rows] or (len(set(ids)) < len(ids) and ids)
         if repeated:
             raise ValueError(f"Each example must come once, got these ids again: {repeated[:5]}.")
         rows = hidden.cpu()[mask]
-        if not self._index:
+        if not self._rows:
             self._hidden_dtype = hidden.dtype
             self._states = rows.new_empty((0, rows.shape[1]), dtype=self._dtype or rows.dtype)
-        start, end = self._offsets[-1], self._offsets[-1] + len(rows)
+        start, end = self._used, self._used + len(rows)
         if end > len(self._states):  # doubling: one tensor, and no copy of the whole a batch
             grown = self._states.new_empty((max(end, 2 * start), rows.shape[1]))
             grown[:start] = self._states[:start]
             self._states = grown
         self._states[start:end] = rows
-        for example_id, length, checksum in zip(
-            ids, mask.sum(1).tolist(), _checksums(inputs.get("input_ids"), mask), strict=True
-        ):
-            self._index[example_id] = len(self._index)
-            self._offsets.append(self._offsets[-1] + length)
-            self._checksums.append(checksum)
-
-    def _check_frozen(self) -> None:
-        trainable = [name for name, tensor in self._weights.items() if tensor.requires_grad]
-        if trainable:
-            raise PrefixError(
-                f"Everything before block {self.depth} must be frozen, got trainable "
-                f"{', '.join(trainable[:5])}. Call requires_grad_(False) on it."
-            )
-
-    def _check_fresh(self) -> None:
-        self._check_frozen()
-        seen = self._fingerprint()
-        if seen == self._seen:
-            return
-        # Loading the same weights again moves the versions and nothing else.
-        if self._hash() != self._digest:
-            raise StalePrefixError(
-                "The weights below the first adapted block changed since fill(); make a new "
-                "CachedPrefix."
-            )
-        self._seen = seen
-
-    def _fingerprint(self) -> tuple[object, ...]:
-        """Version of every weight and a few of its entries: microseconds each.
-
-        The version misses writes through ``.data``; the entries catch all that touch many.
-        """
-        return tuple(
-            (t._version, *t.detach().reshape(-1)[:: max(1, t.numel() // _SAMPLES)].tolist())
-            for t in self._weights.values()
-        )
-
-    def _hash(self) -> bytes:
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in self._weights.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.digest()
+        # Before the rows are entered, so that an interrupt never lets two examples share room.
+        self._used = end
+        ends = (start + mask.sum(1).cumsum(0)).tolist()
+        sums = checksums(inputs.get("input_ids"), mask)
+        for row in zip(ids, [start, *ends], ends, sums, strict=False):
+            self._rows[row[0]] = _Row(*row[1:])
 
 
 class _ReachedError(Exception):
@@ -387,102 +347,6 @@ def _as_list(ids: Sequence[Hashable] | Tensor) -> list[Hashable]:
     plain: Sequence[Any] = ids.tolist() if isinstance(ids, Tensor) else ids
     # Tensors and numpy numbers; the latter hash as plain ones do, but the type is then mixed.
     return [i.item() if hasattr(i, "item") else i for i in plain]
-
-
-def _right_padded(given: Tensor) -> Tensor:
-    """``given`` as booleans on the CPU; PrefixError unless it is 1s followed by 0s."""
-    mask = given.detach().cpu()
-    if mask.dim() != 2:
-        raise PrefixError(
-            f"attention_mask must have shape (batch, tokens), got {tuple(mask.shape)}."
-        )
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise PrefixError("attention_mask must hold 0 and 1 only.")
-    mask = mask.bool()
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise PrefixError(
-            "Padding must be on the right, got a token after padding. Set "
-            "tokenizer.padding_side = 'right'."
-        )
-    return mask
-
-
-def _checksums(input_ids: Tensor | None, mask: Tensor) -> list[int | None]:
-    """One number for the tokens of each row, to tell a wrong example id; None without tokens."""
-    if not isinstance(input_ids, Tensor) or input_ids.shape != mask.shape:
-        return [None] * len(mask)
-    factors = (torch.arange(mask.shape[1]) * 2 + 1) * _HASH_STEP  # int64, wraps around
-    factors = factors ^ (factors >> 29)
-    sums: list[int | None] = ((input_ids.cpu().long() + 1) * mask * factors).sum(1).tolist()
-    return sums
-
-
-def _check_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor, checksums: list[int | None]
-) -> None:
-    """Raise PrefixError unless the model is called on the batch that using() was given."""
-    given = kwargs.get("attention_mask")
-    same = torch.equal(given.cpu().bool(), mask) if given is not None else bool(mask.all())
-    if not same and (given is not None or not args):
-        raise PrefixError("The model must be called with the attention_mask given to using().")
-    found = _checksums(kwargs.get("input_ids"), mask)
-    wrong = [
-        i for i, (a, b) in enumerate(zip(found, checksums, strict=True)) if a and b and a != b
-    ]
-    if wrong:
-        raise PrefixError(
-            f"The tokens of row {wrong[0]} are not those cached under its example id; "
-            "do ids and rows have the same order?"
-        )
-    labels = kwargs.get("labels")
-    if not isinstance(labels, Tensor) or labels.shape != mask.shape:
-        return
-    if bool((labels.cpu()[~mask] != _IGNORED_LABEL).any()):
-        raise PrefixError(
-            "Labels at padding must be -100: the outputs there are not those of an uncached "
-            "run. Set labels[attention_mask == 0] = -100."
-        )
-
-
-def _check_output(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
-    """Raise PrefixError if the model returned what the skipped blocks should have computed."""
-    for name in ("past_key_values", "hidden_states", "attentions"):
-        if getattr(output, name, None) is not None:
-            flag = "use_cache" if name == "past_key_values" else f"output_{name}"
-            raise PrefixError(
-                f"The output must not hold {name}, since the cached blocks have none; pass "
-                f"{flag}=False."
-            )
-
-
-def _check_agreement(
-    full: object, cached: object, mask: Tensor | None, stored: torch.dtype
-) -> None:
-    """Raise PrefixError unless both outputs agree outside of padding."""
-    pairs = list(zip(_tensors(full), _tensors(cached), strict=True))
-    for expected, got in pairs:
-        if mask is not None and expected.shape[: mask.dim()] == mask.shape:
-            expected, got = expected[mask.bool()], got[mask.bool()]
-        # Half of the digits: sums run in the same order, so that what differs is an error.
-        eps = max(torch.finfo(d).eps for d in (expected.dtype, got.dtype, stored))
-        error, scale = (expected - got).abs().max(), expected.abs().max()
-        if not bool(error <= eps**0.5 * scale):
-            raise PrefixError(
-                "The model must give the same output from remembered states, got a difference "
-                f"of {float(error):.2g} beside {float(scale):.2g}. Its blocks share more than "
-                "hidden states, or its output depends on padding; this model cannot be cached."
-            )
-
-
-def _tensors(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() and output.numel() else []
-    values: Iterable[Any] = ()
-    if hasattr(output, "values"):
-        values = output.values()  # pyright: ignore
-    elif isinstance(output, tuple | list):
-        values = output
-    return [t for value in values for t in _tensors(value)]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lora_privacy import _validate
-from lora_privacy.core.adapt import Adapter, adapters
+from lora_privacy.core.adapter import Adapter, adapters
 from lora_privacy.errors import NonFiniteError, NoTargetError, ProbeError
 
 if TYPE_CHECKING:
