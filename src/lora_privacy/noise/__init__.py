@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         kolmogorov_to_gaussian,
         maximal_coupling,
         tv_to_gaussian,
+        tv_of_entries,
     )
     from lora_privacy.noise.jl import jl_distortion, jl_failure, jl_probability
     from lora_privacy.noise.joint import joint_tv_to_gaussian, matrix_tv_to_gaussian
@@ -58,6 +59,7 @@ __all__ = [
     "noise_energy_variance",
     "noise_variance",
     "tv_bound",
+    "tv_of_entries",
     "tv_to_gaussian",
     "wishart_moments",
 ]
@@ -89,6 +91,7 @@ __getattr__, __dir__ = attach(
         "noise_energy_variance": "moments",
         "noise_variance": "moments",
         "tv_bound": "bounds",
+        "tv_of_entries": "gaussianity",
         "tv_to_gaussian": "gaussianity",
         "wishart_moments": "moments",
     },

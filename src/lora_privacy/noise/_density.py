@@ -1,4 +1,4 @@
-"""Log density of one entry of the noise: Bessel K, with its uniform expansion at high ranks."""
+"""Log densities: one entry of the noise, by Bessel K, and the scale S - 1 of a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy.noise._quadrature import Array
 
-__all__ = ["entry_logpdf"]
+__all__ = ["chi_square_logpdf", "entry_logpdf"]
 
 # From here on the uniform expansion is exact to rounding: its first neglected term is 1e-15.
 _DEBYE_ORDER = 30.0
@@ -50,6 +50,25 @@ def entry_logpdf(rank: npt.ArrayLike, rho: npt.ArrayLike, x: npt.ArrayLike) -> A
         if mask.any():
             result[mask] = formula(nu[mask], rho_[mask], t[mask])
     return (result + np.log(r)).reshape(shape)
+
+
+def chi_square_logpdf(rank: int, shift: npt.ArrayLike) -> Array:
+    """Log density of S - 1 at ``shift``, S ~ χ²_rank / rank; -inf outside the support."""
+    y = np.asarray(shift, np.float64)
+    k = rank / 2
+    inside = y > -1.0
+    safe = np.where(inside, y, 0.0)
+    # The parts of size k cancel in k ln k - k - ln Γ(k) before they are formed (DLMF 5.11.1).
+    if k < _DEBYE_ORDER:
+        constant = k * math.log(k) - k - math.lgamma(k)
+    else:
+        square = 1.0 / (k * k)
+        series = 1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680))
+        constant = 0.5 * math.log(k / (2.0 * math.pi)) - series / k
+    log_s = np.log1p(safe)
+    value = constant - k * (safe - log_s) - log_s
+    edge = {1: math.inf, 2: 0.0}.get(rank, -math.inf)
+    return np.where(inside, value, np.where(y == -1.0, edge, -math.inf))
 
 
 def _bessel(nu: Array, rho: Array, t: Array) -> Array:

@@ -11,7 +11,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy import _validate
 from lora_privacy.errors import ConvergenceError
-from lora_privacy.noise._density import entry_logpdf
+from lora_privacy.noise._density import chi_square_logpdf, entry_logpdf
 from lora_privacy.noise._quadrature import Array, entry_tails
 
 __all__ = ["EntryNoise"]
@@ -102,7 +102,7 @@ class EntryNoise:
         y = self._standard(x)
         finite = np.isfinite(y)
         if abs(self.rho) == 1.0:
-            value = self._chi_square_logpdf(math.copysign(1.0, self.rho) * y)
+            value = chi_square_logpdf(self.rank, math.copysign(1.0, self.rho) * y)
         else:
             value = entry_logpdf(self.rank, self.rho, np.where(finite, y, 0.0))
         return np.where(finite, value, -math.inf) - math.log(self.norm)
@@ -149,18 +149,6 @@ class EntryNoise:
         low, high = entry_tails(self.rank, self.rho, np.where(finite, y, 0.0))
         return np.where(finite, low, y > 0), np.where(finite, high, y < 0)
 
-    def _chi_square_logpdf(self, y: Array) -> Array:
-        """Log density of S - 1 at ``y``, S ~ χ²_rank / rank."""
-        k = self.rank / 2
-        s = y + 1.0
-        inside = s > 0
-        safe = np.where(inside, s, 1.0)
-        # k ln k - ln Γ(k) - k + (k-1) ln s - k (s-1): the parts of size k cancel beforehand.
-        constant = k * math.log(k) - k - float(special.gammaln(k))
-        value = constant - k * (y - np.log1p(np.where(inside, y, 0.0))) - np.log(safe)
-        edge = {1: math.inf, 2: 0.0}.get(self.rank, -math.inf)
-        return np.where(inside, value, np.where(s == 0, edge, -math.inf))
-
     def _quantile(self, probability: npt.ArrayLike, *, lower: bool) -> Array:
         p = np.asarray(probability, np.float64)
         if not np.all((p >= 0) & (p <= 1)):
@@ -170,7 +158,8 @@ class EntryNoise:
             inverse = special.gammaincinv if lower == (sign > 0) else special.gammainccinv
             s = np.asarray(inverse(self.rank / 2, p), np.float64) / (self.rank / 2)
             return sign * self.norm * (s - 1.0)
-        result = np.where(p <= 0.5, -math.inf, math.inf) * (1.0 if lower else -1.0)
+        end = math.inf if lower else -math.inf
+        result = np.asarray(np.where(p <= 0.5, -end, end))
         inner = (p > 0) & (p < 1)
         if inner.any():
             result[inner] = self.norm * self._root(p[inner], lower=lower)
