@@ -47,7 +47,7 @@ def checksums(input_ids: Tensor | None, mask: Tensor) -> list[int | None]:
 
 
 def check_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor, checksums: list[int | None]
+    args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor, expected: list[int | None]
 ) -> None:
     """Raise PrefixError unless the model is called on the batch that using() was given."""
     given = kwargs.get("attention_mask")
@@ -55,9 +55,7 @@ def check_batch(
     if not same and (given is not None or not args):
         raise PrefixError("The model must be called with the attention_mask given to using().")
     found = checksums(kwargs.get("input_ids"), mask)
-    wrong = [
-        i for i, (a, b) in enumerate(zip(found, checksums, strict=True)) if a and b and a != b
-    ]
+    wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a and b and a != b]
     if wrong:
         raise PrefixError(
             f"The tokens of row {wrong[0]} are not those cached under its example id; "

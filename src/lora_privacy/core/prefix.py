@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_privacy.core._frozen import FrozenWeights
+from lora_privacy.core._prefix_checks import (
+    check_agreement,
+    check_batch,
+    check_output,
+    checksums,
+    right_padded,
+)
 from lora_privacy.core.adapter import adapters
 from lora_privacy.errors import NoTargetError, PrefixError
 
