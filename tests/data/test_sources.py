@@ -76,6 +76,12 @@ def test_odd_characters_do_not_break_lines(write: Write) -> None:
     assert data.texts == ("one\u2028two", "three\x0cfour", "five\rsix")
 
 
+def test_windows_line_ends_leave_no_trace(write: Write) -> None:
+    """In tab-separated files too, where the text may be the last column."""
+    path = write("w.tsv", "label\ttext\r\na\tone\r\nb\ttwo\r\n")
+    assert load(path).texts == ("one", "two")
+
+
 def test_csv_line_numbers_count_lines_inside_quotes(write: Write) -> None:
     """The second row begins at line 4 of the file, not 3."""
     path = write("m.csv", 'text,label\n"two\nlines",a\n,b\n')

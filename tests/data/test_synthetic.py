@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -138,6 +139,9 @@ def test_alternatives_are_other_codes_in_the_same_sentence() -> None:
     head, tail = secrets[0].template.split("{code}")
     assert all(text.startswith(head) and text.endswith(tail) for text in others)
     assert secrets[0].space == 10**8
+    tiny = replace(secrets[0], code="00-00-00-07", space=10)
+    assert len(set(tiny.alternatives(9, seed=0))) == 9
+    assert tiny.text not in tiny.alternatives(9, seed=0)
     with pytest.raises(ValueError, match="count must be at least 1"):
         secrets[0].alternatives(0, seed=0)
 

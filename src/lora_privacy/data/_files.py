@@ -80,7 +80,7 @@ def read(
             f"delimiter must be one character for {path.name}, got {delimiter!r}; pass for "
             'example delimiter=","  (a suffix .csv or .tsv says it too).'
         )
-    named = [name for name in wanted if isinstance(name, str) and not name.isdigit()]
+    named = [name for name in wanted if isinstance(name, str) and not name.isdecimal()]
     return _delimited_table(path, text, header, delimiter, named, usual)
 
 

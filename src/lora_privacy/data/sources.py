@@ -144,7 +144,7 @@ def _column(table: _files.Table, wanted: str | int, argument: str) -> str:
         raise TypeError(f"{argument} must be a name or a number, got {wanted!r}.")
     if wanted in table.names:
         return str(wanted)
-    if str(wanted).isdigit() and int(wanted) < len(table.names):
+    if str(wanted).isdecimal() and int(wanted) < len(table.names):
         return table.names[int(wanted)]
     close = difflib.get_close_matches(str(wanted), table.names, 1)
     raise DataError(
