@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lora_privacy.dp.implicit import implied_noise_multiplier, implied_privacy
     from lora_privacy.dp.rdp import (
         RdpAccountant,
-        rdp,
+        event_rdp,
         sampled_gaussian_bounds,
         sampled_gaussian_rdp,
     )
@@ -26,9 +26,9 @@ __all__ = [
     "PrivacyBound",
     "RdpAccountant",
     "SampledGaussian",
+    "event_rdp",
     "implied_noise_multiplier",
     "implied_privacy",
-    "rdp",
     "sampled_gaussian_bounds",
     "sampled_gaussian_rdp",
 ]
@@ -44,9 +44,9 @@ __getattr__, __dir__ = attach(
         "PrivacyBound": "result",
         "RdpAccountant": "rdp",
         "SampledGaussian": "events",
+        "event_rdp": "rdp",
         "implied_noise_multiplier": "implicit",
         "implied_privacy": "implicit",
-        "rdp": "rdp",
         "sampled_gaussian_bounds": "rdp",
         "sampled_gaussian_rdp": "rdp",
     },

@@ -158,11 +158,14 @@ def _trapezoid(z: Array, p: float, orders: Array, step: Array) -> Array:
     # Upper ends: rounding of the exponents, aliasing, and what lies beyond the outermost nodes.
     end = y[:, -1:]
     rounding = _EPS * (16 + 4 * (orders * end / z + end * end / 2))
+    # (1+u)^α - 1 - αu cancels: its error is 16 eps of α|u|, and more only where (1+u)^α > e.
     moved = 2 * orders * p * np.minimum(1.0, 0.4 / z)  # ≥ α E|u|
+    heavy = np.where(top * log_ratio > 1, np.exp(log_ratio + log_weight), 0.0)
+    lost = 16 * _EPS * moved + rounding * orders * heavy.sum(axis=1, keepdims=True)
     beyond = np.exp(orders * log_ratio[:, -1:] + log_weight[:, -1:] - shift)
     beyond /= np.expm1(_REACH * step)
     before = orders * p * weight[:, :1] * (1 + 1 / (_REACH * step))
-    upper = (excess + powers) * (1 + rounding) + rounding * moved + beyond + before
+    upper = (excess + powers) * (1 + rounding) + lost + beyond + before
     upper += _ALIAS * (2 + upper + 2 * orders * p)
     result: Array = np.log1p(np.maximum(upper, 0.0))
     if shift.any():

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
 
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy import _validate
 from lora_privacy.dp.events import SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
-from lora_privacy.dp.result import Aggregation, ImpliedPrivacy
+from lora_privacy.dp.result import AGGREGATIONS, Aggregation, ImpliedPrivacy
 
 __all__ = ["implied_noise_multiplier", "implied_privacy"]
 
@@ -76,7 +75,7 @@ def implied_noise_multiplier(
     rows = _validate.integer("out_features", out_features, 1)
     batch = _validate.integer("batch_size", batch_size, 1)
     _check_distortion(distortion)
-    _validate.choice("aggregation", aggregation, get_args(Aggregation))
+    _validate.choice("aggregation", aggregation, AGGREGATIONS)
     if distortion >= 1:
         return 0.0
     added = math.sqrt(batch) if aggregation == "independent" else float(batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,10 @@ from lora_privacy import _validate
 from lora_privacy.dp import _moments
 from lora_privacy.dp._conversion import least_epsilon, least_log_delta
 from lora_privacy.dp.events import Event, GaussianEvent, SampledGaussian, check_sample_rate
-from lora_privacy.dp.result import Adjacency, PrivacyBound
+from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
 
-__all__ = ["RdpAccountant", "rdp", "sampled_gaussian_bounds", "sampled_gaussian_rdp"]
+__all__ = ["RdpAccountant", "event_rdp", "sampled_gaussian_bounds", "sampled_gaussian_rdp"]
 
 Array = npt.NDArray[np.float64]
 
@@ -40,7 +40,8 @@ def sampled_gaussian_rdp(
 
     Returns:
         Shape ``noise_multiplier.shape + orders.shape``, in nats; never below the true value, and
-        above it by about 1e-12 of it. ``inf`` where double precision or 4 million nodes do not do.
+        above it by less than 1e-9 of it, plus (1e-14 p + 3e-20)/(α-1) at fractional orders. Where
+        the formula for sampling leaves double precision, the value without sampling.
 
     Raises:
         ValueError: An argument is out of range or NaN.
@@ -61,7 +62,9 @@ def sampled_gaussian_rdp(
     return _rows(noises.ravel(), sample_rate, flat).reshape(noises.shape + wanted.shape)
 
 
-def rdp(event: Event, orders: npt.ArrayLike, *, adjacency: Adjacency = "add-remove") -> Array:
+def event_rdp(
+    event: Event, orders: npt.ArrayLike, *, adjacency: Adjacency = "add-remove"
+) -> Array:
     """Rényi divergences of one ``event``, an upper bound in nats, of the shape of ``orders``.
 
     Args:
@@ -74,7 +77,7 @@ def rdp(event: Event, orders: npt.ArrayLike, *, adjacency: Adjacency = "add-remo
         UnsupportedEventError: There is no proof for this event under this adjacency.
         ValueError: An order is out of range.
     """
-    _validate.choice("adjacency", adjacency, get_args(Adjacency))
+    _validate.choice("adjacency", adjacency, ADJACENCIES)
     wanted = _checked_orders(orders)
     _refuse_unproved(event, adjacency)
     return _divergences(event, wanted.ravel(), adjacency).reshape(wanted.shape)
@@ -85,7 +88,7 @@ class RdpAccountant:
     """Adds up Rényi divergences and converts the sum to (ε, δ); a value, not a counter.
 
     Args:
-        adjacency: ``"add-remove"`` or ``"replace"``, as in ``rdp``.
+        adjacency: ``"add-remove"`` or ``"replace"``, as in ``event_rdp``.
         orders: Rényi orders to minimise over: exactly these, to compare with another accountant.
             None, the default, searches a lattice that has no edge: it follows the best order
             from 1 + 1e-12 to 1e18.
@@ -109,7 +112,7 @@ class RdpAccountant:
     events: tuple[tuple[Event, int], ...] = ()
 
     def __post_init__(self) -> None:
-        _validate.choice("adjacency", self.adjacency, get_args(Adjacency))
+        _validate.choice("adjacency", self.adjacency, ADJACENCIES)
         if self.orders is not None:
             grid = _checked_orders(self.orders)
             if grid.ndim != 1 or not grid.size:
@@ -174,8 +177,11 @@ class RdpAccountant:
     def _plain(self) -> Array:
         """Composed divergence at order 1 without sampling, about."""
         moved = 2.0 if self.adjacency == "replace" else 1.0
-        parts = [n * (moved / event.noise_multiplier) ** 2 / 2 for event, n in self.events]
-        return np.clip([math.fsum(parts)], 1e-300, 1e300)
+        noises = np.array([event.noise_multiplier for event, _ in self.events])
+        counts = np.array([count for _, count in self.events], dtype=np.float64)
+        with np.errstate(over="ignore"):
+            total = np.sum(0.5 * counts * np.square(moved / noises))
+        return np.clip([total], 1e-300, 1e300)
 
 
 def sampled_gaussian_bounds(

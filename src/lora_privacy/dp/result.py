@@ -15,6 +15,9 @@ __all__ = ["CAVEATS", "Adjacency", "Aggregation", "ImpliedPrivacy", "PrivacyBoun
 Adjacency = Literal["add-remove", "replace"]
 Aggregation = Literal["independent", "coherent"]
 
+ADJACENCIES: tuple[str, ...] = get_args(Adjacency)
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+
 CAVEATS = (
     "Hyper-parameter search, choice of the best checkpoint and early stopping are not accounted.",
     "Arithmetic is floating point: the attack of Mironov (2012) on Gaussian samplers is not "
@@ -55,7 +58,7 @@ class PrivacyBound:
 
     def __post_init__(self) -> None:
         _check_epsilon(self.epsilon, self.reason)
-        _validate.choice("adjacency", self.adjacency, get_args(Adjacency))
+        _validate.choice("adjacency", self.adjacency, ADJACENCIES)
         if not (self.delta == 1 and self.reason):
             _validate.inside("delta", self.delta, 0, 1, "δ = 1 holds for every mechanism.")
         cite(*self.references)
@@ -136,7 +139,7 @@ class ImpliedPrivacy:
             _validate.between(name, getattr(self, name), 0, math.inf)
         for name in ("failure_probability", "failure_probability_per_step", "sample_rate"):
             _validate.between(name, getattr(self, name), 0, 1)
-        _validate.choice("aggregation", self.aggregation, get_args(Aggregation))
+        _validate.choice("aggregation", self.aggregation, AGGREGATIONS)
         if not self.failing_assumptions:
             raise ValueError(
                 "failing_assumptions must name at least one: a reading whose assumptions all held "

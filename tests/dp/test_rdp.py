@@ -1,0 +1,405 @@
+"""Rényi accounting: oracles are mpmath on the definitions, Opacus and dp-accounting."""
+
+import itertools
+import math
+import time
+import warnings
+
+import mpmath as mp
+import numpy as np
+import pytest
+from accountant_contract import AccountantContract
+from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.rdp import rdp_privacy_accountant as peer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import RDPAccountant as OpacusAccountant
+from opacus.accountants.analysis.rdp import compute_rdp
+from rdp_oracle import divergence, excess_backward, excess_forward, gaussian_delta
+
+from lora_privacy.dp import (
+    GaussianEvent,
+    RdpAccountant,
+    SampledGaussian,
+    _moments,
+    event_rdp,
+    sampled_gaussian_bounds,
+    sampled_gaussian_rdp,
+)
+from lora_privacy.errors import UnsupportedEventError
+
+OPACUS_ORDERS = tuple(float(a) for a in OpacusAccountant.DEFAULT_ALPHAS)
+# (z, p, α): whole and fractional orders, both sides of every switch in the code.
+DEFINITION_CASES = [
+    (0.3, 1e-3, 1.01),
+    (0.3, 0.5, 3.7),
+    (0.5, 1e-7, 1.5),
+    (0.7, 0.01, 2.0),
+    (1.0, 1e-7, 1.001),
+    (1.0, 0.01, 7.3),
+    (1.0, 0.9, 12.0),
+    (1.0, 1e-4, 33.5),
+    (2.0, 0.3, 1.7),
+    (3.2, 0.02, 64.5),
+    (10.0, 1e-5, 5.5),
+    (10.0, 0.5, 150.25),
+    (100.0, 1e-2, 2.5),
+    (1000.0, 1e-3, 20.5),
+]
+
+
+class TestRdp(AccountantContract):
+    accountant = RdpAccountant()
+
+
+class TestRdpReplace(AccountantContract):
+    accountant = RdpAccountant("replace")
+
+
+class TestRdpFixedOrders(AccountantContract):
+    accountant = RdpAccountant(orders=OPACUS_ORDERS)
+
+
+@pytest.mark.parametrize(("z", "p", "alpha"), DEFINITION_CASES)
+def test_divergence_matches_its_definition(z: float, p: float, alpha: float) -> None:
+    """Oracle: 30-digit quadrature of the definition; never below it, and 1e-10 above at most.
+
+    The other direction of the adjacency never exceeds what is returned.
+    """
+    true = divergence(excess_forward(z, p, alpha), alpha)
+    found = sampled_gaussian_rdp(z, p, [alpha])[0]
+    assert found >= true
+    # Rounding is bounded relative to p, aliasing to 1, not to the much smaller A - 1.
+    assert found <= true * (1 + mp.mpf("1e-10")) + (1e-14 * p + 3e-20) / (alpha - 1)
+    assert divergence(excess_backward(z, p, alpha), alpha) <= found
+
+
+def test_the_definition_oracle_has_converged() -> None:
+    """At 45 digits it gives what it gave at 30; 1e-20 relative."""
+    for case in [(1.0, 0.01, 7.3), (10.0, 1e-5, 5.5)]:
+        assert mp.almosteq(
+            excess_forward(*case), excess_forward(*case, digits=45), mp.mpf("1e-20")
+        )
+        assert mp.almosteq(
+            excess_backward(*case), excess_backward(*case, digits=45), mp.mpf("1e-20")
+        )
+
+
+@pytest.mark.parametrize("p", [1e-7, 1e-3, 0.1, 0.999])
+@pytest.mark.parametrize("z", [0.05, 0.5, 1.0, 20.0, 1e3])
+def test_order_two_in_closed_form(z: float, p: float) -> None:
+    """Oracle: A(2) = 1 + p² (e^{1/z²} - 1), at 40 digits; 1e-11 relative, never below."""
+    with mp.workdps(40):
+        true = mp.log1p(mp.mpf(p) ** 2 * mp.expm1(1 / mp.mpf(z) ** 2))
+    found = sampled_gaussian_rdp(z, p, 2.0)
+    assert true <= found <= true * (1 + mp.mpf("1e-11"))
+
+
+@pytest.mark.parametrize("z", [0.1, 0.5, 1.0, 4.0, 300.0])
+@pytest.mark.parametrize("p", [1e-5, 0.02, 0.6])
+def test_quadrature_agrees_with_the_sum_at_whole_orders(z: float, p: float) -> None:
+    """The two formulas share no code: 1e-9 relative, beside the quadrature's rounding."""
+    orders = np.array([[2.0, 3.0, 5.0, 17.0, 64.0, 333.0]])
+    summed = _moments._sum(np.full(6, z), p, orders[0])
+    integrated = _moments._integrate(np.array([z]), p, orders)[0]
+    assert np.all(np.abs(integrated - summed) <= 1e-9 * summed + 1e-14 * p * orders[0])
+
+
+@pytest.mark.parametrize("z", [0.4, 0.8, 1.3, 5.0, 25.0])
+@pytest.mark.parametrize("p", [1e-4, 0.01, 0.3, 1.0])
+def test_divergence_equals_opacus(z: float, p: float) -> None:
+    """Oracle: Opacus on its own orders; 1e-9 relative, or 2e-12 absolute (its rounding)."""
+    expected = compute_rdp(q=p, noise_multiplier=z, steps=1, orders=OPACUS_ORDERS)
+    found = event_rdp(SampledGaussian(z, p), OPACUS_ORDERS)
+    known = np.isfinite(expected)  # its series fails at some orders
+    assert known.sum() > 100
+    assert found[known] == pytest.approx(expected[known], rel=1e-9, abs=2e-12)
+
+
+@pytest.mark.parametrize(
+    ("z", "p", "steps", "delta"),
+    [
+        (0.6, 0.01, 1000, 1e-5),
+        (1.0, 0.004, 10_000, 1e-6),
+        (1.1, 0.05, 200, 1e-8),
+        (2.5, 0.2, 500, 1e-5),
+        (4.0, 1.0, 30, 1e-3),
+        (8.0, 1e-3, 100_000, 1e-7),
+    ],
+)
+def test_epsilon_equals_opacus_and_dp_accounting(
+    z: float, p: float, steps: int, delta: float
+) -> None:
+    """On the same orders: 1e-9 relative, and never below by more than that."""
+    opacus = OpacusAccountant()
+    opacus.history = [(z, p, steps)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = opacus.get_epsilon(delta)
+    accountant = RdpAccountant(orders=OPACUS_ORDERS).compose(SampledGaussian(z, p), steps)
+    found = accountant.epsilon(delta).epsilon
+    assert found == pytest.approx(expected, rel=1e-9, abs=0)
+    assert RdpAccountant().compose(SampledGaussian(z, p), steps).epsilon(delta).epsilon <= (
+        found * (1 + 1e-5)
+    )
+    # dp-accounting drops the signs of its series at fractional orders, which is larger there.
+    whole = tuple(float(order) for order in range(2, 257))
+    accountant = RdpAccountant(orders=whole).compose(SampledGaussian(z, p), steps)
+    costs = steps * peer._compute_rdp_poisson_subsampled_gaussian(p, z, whole)
+    theirs, _ = peer.compute_epsilon(whole, costs, delta)
+    assert accountant.epsilon(delta).epsilon == pytest.approx(theirs, rel=1e-9, abs=0)
+    back, _ = peer.compute_delta(whole, costs, theirs)
+    assert accountant.delta(theirs).delta == pytest.approx(back, rel=1e-8, abs=0)
+
+
+def test_mixed_ledger_equals_opacus() -> None:
+    """Three different events at once; 1e-9 relative."""
+    opacus = OpacusAccountant()
+    opacus.history = [(1.0, 0.01, 300), (2.0, 0.05, 40), (6.0, 1.0, 2)]
+    accountant = RdpAccountant(orders=OPACUS_ORDERS)
+    accountant = accountant.compose(SampledGaussian(1.0, 0.01), 300)
+    accountant = accountant.compose(SampledGaussian(2.0, 0.05), 40).compose(GaussianEvent(6.0), 2)
+    assert accountant.epsilon(1e-6).epsilon == pytest.approx(
+        opacus.get_epsilon(1e-6), rel=1e-9, abs=0
+    )
+
+
+@given(
+    z=st.floats(0.02, 200),
+    count=st.integers(1, 10_000),
+    log_delta=st.floats(-34, -3),
+    replace=st.booleans(),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_plain_gaussian_is_sound(z: float, count: int, log_delta: float, replace: bool) -> None:
+    """Oracle: exact δ of the composed Gaussian at 60 digits; at the returned ε it is at most δ.
+
+    The RDP bound is loose, by less than a factor of 2 of ε here, and that is asserted too, so a
+    bound that is merely huge fails. The same for ``delta``.
+    """
+    accountant = RdpAccountant("replace" if replace else "add-remove")
+    accountant = accountant.compose(GaussianEvent(z), count)
+    mu = (2 if replace else 1) * math.sqrt(count) / z
+    delta = math.exp(log_delta)
+    epsilon = accountant.epsilon(delta).epsilon
+    assert gaussian_delta(mu, epsilon) <= delta
+    if epsilon > 0.01:
+        assert gaussian_delta(mu, epsilon / 2 - 0.01) > delta
+    assert gaussian_delta(mu, epsilon) <= accountant.delta(epsilon).delta <= delta * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("z", "p", "steps", "delta"),
+    [
+        (0.7, 0.01, 200, 1e-5),
+        (1.0, 0.02, 500, 1e-6),
+        (1.5, 0.2, 50, 1e-4),
+        (3.0, 0.1, 1000, 1e-5),
+    ],
+)
+def test_sampled_gaussian_is_sound(z: float, p: float, steps: int, delta: float) -> None:
+    """Oracle: the optimistic (lower) ε of dp-accounting's loss distribution; not 1.5× above."""
+    lower, upper = (
+        pld.from_gaussian_mechanism(
+            z,
+            sampling_prob=p,
+            value_discretization_interval=1e-3,
+            pessimistic_estimate=pessimistic,
+        )
+        .self_compose(steps)
+        .get_epsilon_for_delta(delta)
+        for pessimistic in (False, True)
+    )
+    found = RdpAccountant().compose(SampledGaussian(z, p), steps).epsilon(delta).epsilon
+    assert lower <= found <= 1.5 * upper
+
+
+@given(
+    z=st.floats(0.3, 30),
+    p=st.floats(1e-5, 0.9),
+    steps=st.integers(1, 5000),
+    log_delta=st.floats(-30, -4),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_epsilon_is_monotone(z: float, p: float, steps: int, log_delta: float) -> None:
+    """Less noise, more sampling, more steps, smaller δ: never a smaller ε (1e-5, the lattice)."""
+
+    def epsilon(z: float, p: float, steps: int, log_delta: float) -> float:
+        accountant = RdpAccountant().compose(SampledGaussian(z, p), steps)
+        return accountant.epsilon(math.exp(log_delta)).epsilon
+
+    base = epsilon(z, p, steps, log_delta) * (1 - 2e-5)
+    assert epsilon(z / 1.2, p, steps, log_delta) >= base
+    assert epsilon(z, min(1.0, p * 1.1), steps, log_delta) >= base
+    assert epsilon(z, p, steps + 1 + steps // 10, log_delta) >= base
+    assert epsilon(z, p, steps, log_delta - 1) >= base
+
+
+@given(st.permutations([(0.8, 0.01, 50), (3.0, 0.2, 4), (1.5, 1.0, 1), (0.8, 0.01, 7)]))
+@settings(max_examples=24, deadline=None, derandomize=True)
+def test_composition_commutes(ledger: list[tuple[float, float, int]]) -> None:
+    """Any order of the same events, equal ones merged: 1e-12 relative."""
+    accountant = RdpAccountant()
+    for z, p, count in ledger:
+        accountant = accountant.compose(SampledGaussian(z, p), count)
+    expected = (
+        RdpAccountant()
+        .compose(SampledGaussian(0.8, 0.01), 57)
+        .compose(SampledGaussian(1.5, 1.0))
+        .compose(SampledGaussian(3.0, 0.2), 4)
+    )
+    assert accountant.epsilon(1e-6).epsilon == pytest.approx(
+        expected.epsilon(1e-6).epsilon, rel=1e-12, abs=0
+    )
+
+
+@pytest.mark.slow
+def test_extremes_stay_finite() -> None:
+    """No overflow, no NaN, no warning, and never below 10⁶ times less; all in seconds."""
+    started = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for z, p, steps, delta in itertools.product(
+            (1e-2, 0.3, 40.0, 1e3), (1e-7, 0.01, 1.0), (1, 10**6), (1e-2, 1e-15)
+        ):
+            accountant = RdpAccountant().compose(SampledGaussian(z, p), steps)
+            bound = accountant.epsilon(delta)
+            assert 0 <= bound.epsilon < math.inf
+            assert 0 < accountant.delta(2.0).delta <= 1
+            plain = RdpAccountant().compose(GaussianEvent(z), steps).epsilon(delta)
+            assert bound.epsilon <= plain.epsilon * (1 + 1e-4)
+    assert time.process_time() - started < 60
+
+
+@pytest.mark.parametrize("z", [1e-200, 1e-160, 1e160, 1e300])
+@pytest.mark.parametrize("p", [1e-7, 1.0])
+def test_beyond_double_precision(z: float, p: float) -> None:
+    """Where z² leaves double precision: infinite with a reason, or a tiny positive number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accountant = RdpAccountant().compose(SampledGaussian(z, p), 3)
+        bound = accountant.epsilon(1e-5)
+        found = event_rdp(SampledGaussian(z, p), [1.5, 20.0])
+        vacuous = accountant.delta(1.0)
+    assert np.all(found > 0)
+    if z < 1:
+        assert math.isinf(bound.epsilon)
+        assert "beyond double precision" in str(bound)
+        assert vacuous.delta == 1
+        assert "prove no δ below 1" in str(vacuous)
+    else:
+        assert bound.epsilon < 1e-3
+        assert bound.reason is None
+
+
+@pytest.mark.parametrize(
+    ("z", "steps", "loss"),
+    [(1e3, 1, 1.2), (0.02, 10, 1.02), (1.0, 1, 1.0)],
+    ids=["high", "low", "middle"],
+)
+def test_default_orders_have_no_edge(z: float, steps: int, loss: float) -> None:
+    """Oracle: minimum over a dense scan of α; Opacus' orders are too few at both ends."""
+    delta = 1e-9
+    cost = steps / (2 * z * z)
+    spread = np.exp(np.linspace(math.log(1e-7), math.log(1e9), 400_001))
+    order = 1 + spread
+    scan = cost * order + np.log(spread / order) - (math.log(delta) + np.log(order)) / spread
+    found = RdpAccountant().compose(GaussianEvent(z), steps).epsilon(delta).epsilon
+    assert found == pytest.approx(float(max(scan.min(), 0)), rel=2e-5, abs=0)
+    fixed = RdpAccountant(orders=OPACUS_ORDERS).compose(GaussianEvent(z), steps)
+    assert fixed.epsilon(delta).epsilon > loss * found
+
+
+def test_given_orders_are_used_as_given() -> None:
+    """At a single order the conversion is Prop. 12 itself; at 30 digits, 1e-12 relative."""
+    accountant = RdpAccountant(orders=(9.5,)).compose(GaussianEvent(2.0))
+    with mp.workdps(30):
+        a, delta = mp.mpf("9.5"), mp.mpf(1e-5)
+        expected = a / 8 + mp.log((a - 1) / a) - (mp.log(delta) + mp.log(a)) / (a - 1)
+    found = accountant.epsilon(1e-5).epsilon
+    assert expected <= found <= expected * (1 + mp.mpf("1e-12"))
+    shuffled = RdpAccountant(orders=(12.0, 2.0, 5.0, 2.0))
+    assert shuffled.orders == (2.0, 5.0, 12.0)
+
+
+def test_negative_conversion_is_clipped_at_zero() -> None:
+    """The conversion gives a negative number here; (0, δ) is what it proves."""
+    assert RdpAccountant().compose(GaussianEvent(50.0)).epsilon(0.5).epsilon == 0
+
+
+@pytest.mark.parametrize("orders", [None, OPACUS_ORDERS])
+def test_many_noise_multipliers_equal_one_at_a_time(orders: tuple[float, ...] | None) -> None:
+    """The batch shares grids between rows; 1e-9 relative to solving each row alone."""
+    noises = [0.35, 4.0, 0.9, 0.05, 75.0, 1.7]
+    found = [
+        bound.epsilon
+        for bound in sampled_gaussian_bounds(noises, 0.02, steps=300, delta=1e-6, orders=orders)
+    ]
+    expected = [
+        RdpAccountant(orders=orders).compose(SampledGaussian(z, 0.02), 300).epsilon(1e-6).epsilon
+        for z in noises
+    ]
+    assert found == pytest.approx(expected, rel=1e-9, abs=0)
+    assert sampled_gaussian_bounds([], 0.02, steps=300, delta=1e-6) == []
+
+
+def test_divergences_broadcast() -> None:
+    """Shape noises + orders, each entry equal to the one computed alone (1e-9 relative)."""
+    noises, orders = np.array([[0.7], [2.0]]), np.array([[1.5, 2.0, 33.3], [700.0, 1.01, 64.0]])
+    found = sampled_gaussian_rdp(noises, 0.03, orders)
+    assert found.shape == (2, 1, 2, 3)
+    for i, j, k in itertools.product(range(2), range(2), range(3)):
+        alone = sampled_gaussian_rdp(noises[i, 0], 0.03, orders[j, k])
+        assert found[i, 0, j, k] == pytest.approx(float(alone), rel=1e-9, abs=0)
+
+
+def test_replace_moves_twice_as_far() -> None:
+    """Replacing a record moves a sum by 2C: the same as adding one at half the noise."""
+    found = event_rdp(GaussianEvent(3.0), [1.5, 8.0], adjacency="replace")
+    assert found == pytest.approx(np.array([1.5, 8.0]) * 4 / (2 * 9), rel=1e-14, abs=0)
+    assert event_rdp(SampledGaussian(3.0, 1.0), [8.0], adjacency="replace")[0] == found[1]
+
+
+def test_replace_has_no_proof_for_sampling() -> None:
+    """The accountant and the plain function both refuse."""
+    with pytest.raises(UnsupportedEventError, match="adding or removing one record"):
+        RdpAccountant("replace").compose(SampledGaussian(1.0, 0.1))
+    with pytest.raises(UnsupportedEventError, match="adding or removing one record"):
+        event_rdp(SampledGaussian(1.0, 0.1), [2.0], adjacency="replace")
+
+
+@pytest.mark.parametrize("orders", [(), (1.0,), (0.5, 2.0), (math.nan,), (math.inf,), ((2.0,),)])
+def test_bad_orders_are_refused(orders: tuple[float, ...]) -> None:
+    """Empty, at or below 1, NaN, infinite, or not flat."""
+    with pytest.raises(ValueError, match="orders must be"):
+        RdpAccountant(orders=orders)
+
+
+@pytest.mark.parametrize(
+    ("z", "p", "match"),
+    [
+        (0.0, 0.1, "noise_multiplier must be positive"),
+        (-1.0, 0.1, "noise_multiplier must be positive"),
+        (math.nan, 0.1, "noise_multiplier must be positive"),
+        (math.inf, 0.1, "noise_multiplier must be positive"),
+        (1.0, 0.0, "sample_rate must lie in"),
+        (1.0, 1.01, "sample_rate must lie in"),
+        (1.0, math.nan, "sample_rate must lie in"),
+    ],
+)
+def test_bad_events_are_refused(z: float, p: float, match: str) -> None:
+    """By the event and by both functions that take the numbers alone."""
+    with pytest.raises(ValueError, match=match):
+        SampledGaussian(z, p)
+    with pytest.raises(ValueError, match=match):
+        sampled_gaussian_rdp([1.0, z], p, [2.0])
+    with pytest.raises(ValueError, match=match):
+        sampled_gaussian_bounds([1.0, z], p, steps=1, delta=1e-5)
+
+
+def test_bad_adjacency_is_refused() -> None:
+    """A misspelt relation must not fall back to another one."""
+    with pytest.raises(ValueError, match="adjacency must be one of"):
+        RdpAccountant("swap")
+    with pytest.raises(ValueError, match="adjacency must be one of"):
+        event_rdp(GaussianEvent(1.0), [2.0], adjacency="swap")
