@@ -40,7 +40,7 @@ def sampled_gaussian_rdp(
 
     Returns:
         Shape ``noise_multiplier.shape + orders.shape``, in nats; never below the true value, and
-        above it by less than 1e-9 of it, plus (1e-14 p + 3e-20)/(α-1) at fractional orders. Where
+        above it by less than 1e-9 of it, plus (1e-12 p + 3e-20)/(α-1) at fractional orders. Where
         the formula for sampling leaves double precision, the value without sampling.
 
     Raises:
