@@ -213,17 +213,21 @@ def _trained_weight(
         seed=entry["seed"],
         layer=entry["projection_layer"],
     )
-    if dense_shape(base) != (entry["out_features"], projection.in_features):
+    out_features, steps = entry["out_features"], entry["steps"]
+    if dense_shape(base) != (out_features, projection.in_features):
         raise StorageError(f"{name!r} has shape {dense_shape(base)} in the model, not the saved.")
+    sketch = tensors[f"sketch.{name}"]
+    shape = (len(steps), out_features, projection.rank)
+    factors = tensors[f"factors.{name}"] if steps else torch.zeros(shape)
+    if factors.shape != shape or sketch.shape != (out_features,):
+        raise ValueError(f"shapes must be {shape} and ({out_features},)")
     linear = cast("nn.Linear", base)
     # The type of the master, as FLoRALinear chooses it.
     dtype = thin_linear(1, 1, linear).weight.dtype
     weight = _rows(base, linear.weight).to("cpu", dtype, copy=True)
-    if entry["steps"]:
-        factors = tensors[f"factors.{name}"]
-        for factor, step in zip(factors, entry["steps"], strict=True):
-            weight += factor.to(dtype) @ projection.matrix(step, dtype)
-    gap = (_sketch(weight) - tensors[f"sketch.{name}"]).abs()
+    for factor, step in zip(factors, steps, strict=True):
+        weight += factor.to(dtype) @ projection.matrix(step, dtype)
+    gap = (_sketch(weight) - sketch).abs()
     if not bool((gap <= _SKETCH_RTOL * weight.double().norm(dim=1)).all()):
         raise StorageError(
             f"The factors of {name!r} were folded into other weights than this model's; load "
