@@ -60,18 +60,18 @@ def works(model: nn.Module, tokens: int) -> dict[str, Callable[[], None]]:
     y = torch.randint(0, CLASSES, (BATCH,), generator=rng)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step(look: Callable[[], None] = lambda: None) -> None:
+    def step(look: Callable[[], object] = lambda: None) -> None:
         nn.functional.cross_entropy(model(x), y).backward()
         look()
         optimizer.step()
         optimizer.zero_grad()
 
-    def probed(look: Callable[[GradientProbe], object], first: int = 0) -> Callable[[], None]:
+    def probed(look: Callable[[GradientProbe], object], on: bool = True) -> Callable[[], None]:
         probe = GradientProbe(model, every=2)
 
         def run() -> None:
             with probe:
-                while probe.probing != (first == 0):
+                if probe.probing != on:
                     probe.step()
                 step(lambda: look(probe))
                 probe.step()
@@ -83,7 +83,7 @@ def works(model: nn.Module, tokens: int) -> dict[str, Callable[[], None]]:
 
     return {
         "plain": step,
-        "off": probed(nothing, first=1),
+        "off": probed(nothing, on=False),
         "saving": probed(nothing),
         "G and noise": probed(lambda p: [(r.gradient, r.noise) for r in p.records.values()]),
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -269,16 +271,16 @@ def test_gradient_of_peft_models(family: str, dropout: float) -> None:
     probe_and_compare(model, lm_loss(family), tolerance=5e-6)
 
 
-def test_projection_of_peft_models_uses_their_law() -> None:
-    """Oracle: the formula with the variance 1/(3m) of peft's default A, written out."""
-    model = peft.get_peft_model(
-        tiny("bert"), peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query"])
-    )
+@pytest.mark.parametrize(("init", "variance"), [(True, 1 / (3 * 16)), ("gaussian", 1 / 4**2)])
+def test_projection_of_peft_models_uses_their_law(init: bool | str, variance: float) -> None:
+    """Oracle: the formula with the variance that peft draws A with, written out; m=16, r=4."""
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query"], init_lora_weights=init)
+    model = peft.get_peft_model(tiny("bert"), config)
     with GradientProbe(model) as probe:
         lm_loss("bert")(model).backward()
     name, record = next(iter(probe.records.items()))
     a = adapters(model)[name].a()
-    close(record.projected, record.gradient @ a.T @ a * (3 * 16 / 4), 1e-5)
+    close(record.projected, record.gradient @ a.T @ a / (variance * 4), 1e-5)
     close(record.actual_update, record.gradient @ a.T @ a * 4.0**2, 1e-5)
 
 
@@ -623,3 +625,17 @@ def test_bad_arguments_say_what_to_do() -> None:
         GradientProbe(model, every=0)
     with pytest.raises(TypeError, match="every must be an integer"):
         GradientProbe(model, every=1.5)
+
+
+def test_the_howto_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of docs/howto-probe.md, as it stands there."""
+    page = Path(__file__).parents[2] / "docs" / "howto-probe.md"
+    if not page.exists():
+        pytest.skip("docs/howto-probe.md is not part of this installation")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "2"] * 3 + ["3"]

@@ -73,7 +73,8 @@ class GradientProbe:
     @property
     def records(self) -> dict[str, GradientRecord]:
         """Records of the current step by layer name; layers that took no part are absent."""
-        return dict(self._records)
+        found = self._records  # in the order of backward; ours is that of the model
+        return {name: found[name] for name in self._adapters if name in found}
 
     @property
     def probing(self) -> bool:
