@@ -140,6 +140,14 @@ def test_any_dense_optimiser_sees_the_decompressed_gradient(kind: str) -> None:
     assert not layer.expand.weight.any()
 
 
+def test_a_weight_cast_to_half_after_adapting_is_refused() -> None:
+    """With or without a master, by every way to end a cycle."""
+    for layer in (make(dtype=torch.float32).bfloat16(), make(dtype=torch.bfloat16).bfloat16()):
+        for end in (layer.decompress, layer.refresh, lambda: layer.fold(torch.zeros(N, R))):  # noqa: B023
+            with pytest.raises(LoraPrivacyError, match="Cast the model first"):
+                end()
+
+
 def test_small_steps_into_bf16_are_kept() -> None:
     """200 updates of 1e-5 into weights of .05: .052, where bf16 itself would keep .05."""
     base = nn.Linear(M, N, dtype=torch.bfloat16)
@@ -276,6 +284,8 @@ def test_nan_gradients_move_nothing() -> None:
     before = [rows(layer) for layer in flora_layers(model).values()]
     with pytest.raises(NonFiniteError, match="'3' holds NaN"):
         sgd_step(model, RATE)
+    with pytest.raises(NonFiniteError, match="'3' holds NaN"):
+        FLoRAMomentum(model, RATE).step()
     with pytest.raises(NonFiniteError, match="compressed gradient"):
         decompress(model)
     with pytest.raises(NonFiniteError, match="factor"):

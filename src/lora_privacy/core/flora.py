@@ -164,6 +164,14 @@ class FLoRALinear(nn.Module):
             )
         self._probe_version = probe._version
 
+    def _check_state(self) -> None:
+        self._check_probe()
+        if self.weight.dtype not in (torch.float32, torch.float64):
+            raise LoraPrivacyError(
+                f"The trained weight was cast to {self.weight.dtype}, in which small steps are "
+                "lost. Cast the model first and adapt it then: a float32 master is kept."
+            )
+
     @torch.no_grad()
     def fold(self, factor: Tensor) -> None:
         """Add ``factor @ A`` to the weight and clear the gradient of B.
@@ -176,14 +184,15 @@ class FLoRALinear(nn.Module):
 
         Raises:
             ValueError: ``factor`` has another shape.
-            NonFiniteError: It holds NaN or infinity; the weight is unchanged.
+            LoraPrivacyError: B is not 0, or the weight was cast to half precision.
+            NonFiniteError: The factor holds NaN or infinity; the weight is unchanged.
         """
         if factor.shape != self.expand.weight.shape:
             raise ValueError(
                 f"factor must have shape {tuple(self.expand.weight.shape)}, got "
                 f"{tuple(factor.shape)}."
             )
-        self._check_probe()
+        self._check_state()
         _check_finite("The factor to fold", factor)
         factor = factor.to(self.expand.weight)
         self._log(factor)
@@ -199,9 +208,10 @@ class FLoRALinear(nn.Module):
         A layer that no backward pass reached gets no gradient.
 
         Raises:
+            LoraPrivacyError: As for ``fold``.
             NonFiniteError: The gradient holds NaN or infinity.
         """
-        self._check_probe()
+        self._check_state()
         self._factors = None  # a dense optimiser is about to move the weight
         grad = self.expand.weight.grad
         if grad is None:
@@ -217,8 +227,9 @@ class FLoRALinear(nn.Module):
 
         Raises:
             LoraPrivacyError: A compressed gradient is pending; under another A it means nothing.
+                Also as for ``fold``.
         """
-        self._check_probe()
+        self._check_state()
         grad = self.expand.weight.grad
         if grad is not None and bool(grad.any()):
             raise LoraPrivacyError(
@@ -303,8 +314,9 @@ class FLoRAMomentum:
         """Take one step with the accumulated gradients and end the cycle of every layer.
 
         Raises:
-            NonFiniteError: A gradient holds NaN or infinity.
+            NonFiniteError: A gradient holds NaN or infinity; no layer was moved.
         """
+        _check_gradients(self._layers)
         for name, layer in self._layers.items():
             grad = layer.expand.weight.grad
             if grad is not None:
@@ -373,9 +385,7 @@ def sgd_step(model: nn.Module, lr: float) -> None:
     """
     _validate.positive("lr", lr)
     layers = flora_layers(model)
-    for name, layer in layers.items():
-        if layer.expand.weight.grad is not None:
-            _check_finite(f"The gradient of {name!r}", layer.expand.weight.grad)
+    _check_gradients(layers)
     for layer in layers.values():
         grad = layer.expand.weight.grad
         if grad is not None:
@@ -387,6 +397,13 @@ def _iterate(model: nn.Module) -> Iterator[tuple[str, FLoRALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, FLoRALinear):
             yield name, module
+
+
+def _check_gradients(layers: dict[str, FLoRALinear]) -> None:
+    """Look at all layers before any is moved."""
+    for name, layer in layers.items():
+        if layer.expand.weight.grad is not None:
+            _check_finite(f"The gradient of {name!r}", layer.expand.weight.grad)
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:
