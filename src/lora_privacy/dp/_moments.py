@@ -26,7 +26,7 @@ _LOG_FACTORIAL: Array = special.gammaln(np.arange(1.0, MAX_INTEGER_ORDER + 2))
 # Aliasing of the trapezoidal rule, relative to the integral: 2 exp(-_LOG_ALIAS) ≈ 1e-20.
 _LOG_ALIAS = 46.7
 _ALIAS = 2.1 * math.exp(-_LOG_ALIAS)
-_REACH = 9.5  # standard deviations beyond the outermost mode; φ(9.5) ≈ 1e-20
+_REACH = 9.0  # standard deviations beyond the outermost mode; φ(9) ≈ 1e-18
 _EPS = float(np.finfo(np.float64).eps)
 _MAX_NODES = 1 << 22  # an order that needs more is given up: its divergence is inf
 _BLOCK = 1 << 18  # elements of one work array, so that it stays in cache

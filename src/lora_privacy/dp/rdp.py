@@ -47,8 +47,8 @@ def sampled_gaussian_rdp(
         ValueError: An argument is out of range or NaN.
 
     References:
-        Mironov, Talwar & Zhang, arXiv:1908.10530, Thm. 4 (one dimension is enough), Thm. 5 (the
-        direction) and Sec. 3.3 (integer orders).
+        Mironov, Talwar & Zhang, arXiv:1908.10530, Sec. 3 (one dimension is enough, which direction
+        is larger, integer orders); proofs in docs/theory/rdp.md.
 
     >>> sampled_gaussian_rdp([1.0, 2.0], 0.01, [2.0, 2.5, 32.0]).shape
     (2, 3)

@@ -8,7 +8,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal, cast, get_args
 
 from lora_privacy import _validate
-from lora_privacy.references import cite
+from lora_privacy.references import REFERENCES, cite
 
 __all__ = ["CAVEATS", "Adjacency", "Aggregation", "ImpliedPrivacy", "PrivacyBound"]
 
@@ -61,7 +61,7 @@ class PrivacyBound:
         _validate.choice("adjacency", self.adjacency, ADJACENCIES)
         if not (self.delta == 1 and self.reason):
             _validate.inside("delta", self.delta, 0, 1, "δ = 1 holds for every mechanism.")
-        cite(*self.references)
+        _check_references(self.references)
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ class ImpliedPrivacy:
                 "failing_assumptions must name at least one: a reading whose assumptions all held "
                 "would be a guarantee, and this type is none."
             )
-        cite(*self.references)
+        _check_references(self.references)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields; an infinite ε is the string ``"inf"``, which ``float`` reads back."""
@@ -188,6 +188,11 @@ def _check_epsilon(epsilon: float, reason: str | None) -> None:
     _validate.between("epsilon", epsilon, 0, math.inf, "An ε is never NaN and never negative.")
     if math.isinf(epsilon) and not reason:
         raise ValueError("reason must say why epsilon is infinite, got none.")
+
+
+def _check_references(keys: tuple[str, ...]) -> None:
+    if any(key not in REFERENCES for key in keys):
+        cite(*keys)  # raises, and names the key
 
 
 def _plain(result: PrivacyBound | ImpliedPrivacy) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""ε of 200 noise multipliers: this library against Opacus and dp-accounting, on the same orders.
+
+One process, interleaved, CPU time: each round draws 200 distinct noise multipliers, solves them
+here in one call, and times the peers on a few of them, in random order; a ratio is per multiplier.
+Run with OMP_NUM_THREADS=1 (``make bench``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from dp_accounting.rdp import rdp_privacy_accountant as peer
+from opacus.accountants import RDPAccountant as OpacusAccountant
+
+from lora_privacy.dp import RdpAccountant, SampledGaussian, sampled_gaussian_bounds
+
+ORDERS = tuple(float(order) for order in OpacusAccountant.DEFAULT_ALPHAS)
+RATE, STEPS, DELTA = 0.01, 1000, 1e-5
+RUNS = 200
+
+
+def ours(noises: np.ndarray) -> list[float]:
+    bounds = sampled_gaussian_bounds(noises, RATE, steps=STEPS, delta=DELTA, orders=ORDERS)
+    return [bound.epsilon for bound in bounds]
+
+
+def ours_any_order(noises: np.ndarray) -> list[float]:
+    bounds = sampled_gaussian_bounds(noises, RATE, steps=STEPS, delta=DELTA)
+    return [bound.epsilon for bound in bounds]
+
+
+def ours_one_by_one(noises: np.ndarray) -> list[float]:
+    empty = RdpAccountant(orders=ORDERS)
+    return [
+        empty.compose(SampledGaussian(float(z), RATE), STEPS).epsilon(DELTA).epsilon
+        for z in noises
+    ]
+
+
+def opacus(noises: np.ndarray) -> list[float]:
+    found = []
+    for z in noises:
+        accountant = OpacusAccountant()
+        accountant.history = [(float(z), RATE, STEPS)]
+        found.append(accountant.get_epsilon(DELTA))
+    return found
+
+
+def dp_accounting(noises: np.ndarray) -> list[float]:
+    found = []
+    for z in noises:
+        cost = STEPS * peer._compute_rdp_poisson_subsampled_gaussian(RATE, float(z), ORDERS)
+        found.append(peer.compute_epsilon(ORDERS, cost, DELTA)[0])
+    return found
+
+
+def timed(solve: Callable[[np.ndarray], list[float]], noises: np.ndarray) -> float:
+    """CPU seconds a multiplier."""
+    started = time.process_time()
+    solve(noises)
+    return (time.process_time() - started) / len(noises)
+
+
+def interval(ratios: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Median and its 95 % bootstrap interval."""
+    draws = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--peer-runs", type=int, default=4, help="multipliers a peer gets a round")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rng = np.random.default_rng(20240917)
+
+    noises = rng.uniform(0.5, 5.0, RUNS)
+    found, expected = np.array(ours(noises)), np.array(opacus(noises))
+    print(
+        f"below Opacus by at most {np.max(expected - found):.2e} nats, "
+        f"above by at most {np.max(found - expected):.2e}"
+    )
+    theirs = np.array(dp_accounting(noises))
+    print(
+        f"below dp-accounting by at most {np.max(theirs - found):.2e} (its series at fractional "
+        "orders drops signs)"
+    )
+
+    jobs = {
+        "one call": (ours, RUNS),
+        "one call, any order": (ours_any_order, RUNS),
+        "one by one": (ours_one_by_one, options.peer_runs),
+        "opacus": (opacus, options.peer_runs),
+        "dp-accounting": (dp_accounting, options.peer_runs),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(options.rounds):
+        noises = rng.uniform(0.5, 5.0, RUNS)
+        for name in rng.permutation(list(jobs)):
+            solve, runs = jobs[name]
+            seconds[name].append(timed(solve, noises[:runs]))
+    for name, spent in seconds.items():
+        print(f"{name:>20}: {1e6 * np.median(spent):9.1f} µs of CPU a multiplier")
+    for name in ("one call", "one call, any order", "one by one"):
+        for other in ("opacus", "dp-accounting"):
+            ratios = np.array(seconds[other]) / np.array(seconds[name])
+            middle, low, high = interval(ratios, rng)
+            print(
+                f"{name:>20} is {middle:6.1f}× faster than {other} (95 % {low:.1f} to {high:.1f})"
+            )
+
+
+if __name__ == "__main__":
+    main()
