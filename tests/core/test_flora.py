@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -235,6 +236,23 @@ def test_momentum_is_not_a_fresh_projection() -> None:
         momentum.step()
         sgd_step(other, RATE / 2)
         assert torch.allclose(rows(one), rows(other), rtol=1e-12) is (step == 0)
+
+
+def test_a_momentum_carried_along_grows() -> None:
+    """E‖q M₁M₂M₃‖² = (1 + (m+1)/r)³ ‖q‖², 20,000 draws, 4 standard errors; m/r is rejected.
+
+    The draws are numpy's; the claim is that of docs/theory/dynamics.md.
+    """
+    rng, r, m = np.random.default_rng(4), 12, 4
+    q = np.tile(rng.standard_normal(m), (20_000, 1))
+    size = (q[0] ** 2).sum()
+    for _ in range(3):
+        a = rng.standard_normal((len(q), r, m)) / np.sqrt(r)
+        q = np.einsum("sr,srj->sj", np.einsum("sj,srj->sr", q, a), a)
+    grown = (q**2).sum(1) / size
+    error = grown.std() / np.sqrt(len(grown))
+    assert abs(grown.mean() - (1 + (m + 1) / r) ** 3) < 4 * error
+    assert abs(grown.mean() - (1 + m / r) ** 3) > 4 * error
 
 
 def test_momentum_state_goes_through_a_checkpoint() -> None:
