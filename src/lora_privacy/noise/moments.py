@@ -30,7 +30,8 @@ __all__ = [
 class _Structure:
     """Second moments of N = q(AᵀA/(vr) - I), of three kinds.
 
-    ``E[N_i N'_j] = transverse ((q·q') δ_ij + q_j q'_i) + diagonal q_i q'_i δ_ij + trace q_i q'_j``;
+    ``E[N_i N'_j]`` is ``transverse ((q·q') δ_ij + q_j q'_i)`` plus ``diagonal q_i q'_i δ_ij`` plus
+    ``trace q_i q'_j``;
     ``diagonal`` is what a kurtosis other than 3 adds; ``trace`` is what the fixed trace of a
     projection takes away.
     """
