@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from lora_privacy.core import (
     FLoRAMomentum,
@@ -118,6 +125,20 @@ def test_wrappers_of_opacus_are_looked_through(tmp_path: Path) -> None:
     save_peft(opacus.GradSampleModule(model), tmp_path)
     loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path))
     assert (logits(loaded) - logits(model)).abs().max() < 1e-6
+
+
+def test_heads_whose_names_end_alike(tmp_path: Path) -> None:
+    """DistilBERT: peft takes pre_classifier for the trained classifier and wants its weights."""
+    config = DistilBertConfig(dim=32, n_heads=2, n_layers=1, hidden_dim=32, vocab_size=40)
+    plain = DistilBertForSequenceClassification(config)
+    model = adapt(copy.deepcopy(plain), 4, seed=1, trainable=("classifier",))
+    disturb(model)
+    save_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path))
+    assert (logits(loaded) - logits(model)).abs().max() < 1e-6
+    clash = nn.ModuleDict({"value": nn.Linear(4, 4), "lue": nn.Linear(4, 4)})
+    with pytest.raises(UnsupportedLayerError, match="end alike"):
+        save_peft(adapt(clash, 2, seed=0, trainable=("lue",)), tmp_path)
 
 
 def test_merged_adapters_are_saved_as_adapters(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def save_peft(model: nn.Module, folder: str | Path) -> Path:
         tensors[f"{prefix}{name}.lora_A.weight"] = layer.project.weight
         tensors[f"{prefix}{name}.lora_B.weight"] = layer.expand.weight
     whole = _trained_modules(model, set(layers))
-    for name in whole:
+    for name in _wrapped_by_peft(model, whole, set(layers)):
         state = model.get_submodule(name).state_dict()
         tensors.update({f"{prefix}{name}.{key}": value for key, value in state.items()})
     folder = Path(folder)
@@ -273,6 +273,22 @@ def _trained_modules(model: nn.Module, layers: set[str]) -> list[str]:
         if owner not in owners:
             owners.append(owner)
     return owners
+
+
+def _wrapped_by_peft(model: nn.Module, whole: list[str], layers: set[str]) -> list[str]:
+    """Modules that peft takes for ``whole``: it matches endings without regard to dots.
+
+    It then wants the weights of all of them: for DistilBERT's ``classifier`` those of
+    ``pre_classifier`` too.
+    """
+    found = [name for name, _ in model.named_modules() if name.endswith(tuple(whole))]
+    clash = [n for n in found if any(f"{layer}.".startswith(f"{n}.") for layer in layers)]
+    if clash:
+        raise UnsupportedLayerError(
+            f"peft would take the adapted {clash[0]!r} for one of the trained modules "
+            f"({', '.join(whole)}), whose names end alike; freeze those."
+        )
+    return found
 
 
 def _peft_config(model: nn.Module, layers: dict[str, LoRALinear], whole: list[str]) -> Any:  # noqa: ANN401 - a type of peft
