@@ -64,6 +64,7 @@ class Adapter:
             for ``"lora-fa"`` and ``"flora"``). ``"unknown"`` for initialisations that depend on
             weights or data.
         law_reason: Where ``law`` is known from, or why it is not.
+        adapter_name: Name of the adapter inside a peft layer; None for ours.
     """
 
     name: str

@@ -91,7 +91,8 @@ class FLoRALinear(nn.Module):
         self.resample_every = _validate.integer("resample_every", resample_every, 1)
         check_dense(base)
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+        self.rank, self.alpha = projection.rank, float(alpha)
+        self.scaling = self.alpha / self.rank
         self.projection = projection
         self.base = linear.requires_grad_(False)
         self.expand = thin_linear(rank, out_features, linear)

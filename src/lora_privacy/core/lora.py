@@ -127,8 +127,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         linear, out_features, in_features = check_base(base, rank, alpha, projection)
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha, self.train_a = rank, alpha, train_a
-        self.scaling = alpha / rank
+        self.rank, self.alpha, self.train_a = projection.rank, float(alpha), train_a
+        self.scaling = self.alpha / self.rank
         self.projection = projection
         self.base = linear.requires_grad_(False)
         self.project = thin_linear(in_features, rank, linear)
