@@ -1,0 +1,199 @@
+"""Proved bounds on the distance of an entry to a Gaussian, and the published ratio."""
+
+import itertools
+import math
+
+import mpmath as mp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, stats
+
+from lora_privacy.errors import NonFiniteError, UnsupportedLawError
+from lora_privacy.noise._stirling import digamma_remainder, log_gamma_remainder
+from lora_privacy.noise.bounds import berry_esseen_bound, lyapunov_ratio, tv_bound
+from lora_privacy.noise.entry import EntryNoise
+from lora_privacy.noise.gaussianity import Variance, kolmogorov_to_gaussian, tv_to_gaussian
+
+VARIANCES: tuple[Variance, ...] = ("exact", "published")
+# Theory 2.5, ρ = 0, five decimals.
+PINS = {1: 0.44472, 2: 0.20207, 4: 0.09465, 8: 0.04557, 16: 0.02233, 32: 0.01105, 64: 0.00550}
+RANKS = [1, 2, 3, 8, 64, 3000]
+RHOS = [0.0, 1e-9, 0.01, 0.1, 0.3, -0.5, 0.7, 0.95, 1 - 1e-9, 1.0]
+
+
+@pytest.mark.parametrize(("rank", "expected"), PINS.items())
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_pins(rank: int, expected: float, variance: Variance) -> None:
+    """Oracle: theory 2.5; half a unit of the fifth decimal."""
+    bound = tv_bound(EntryNoise(rank), variance)
+    assert bound.value == pytest.approx(expected, rel=0, abs=5.1e-6)
+    assert bound.kind == "upper bound"
+
+
+@pytest.mark.parametrize("rank", [1, 9, 31, 32, 33, 200_000])
+def test_centred_bound_matches_mpmath_and_is_rounded_up(rank: int) -> None:
+    """Oracle: E|He₄|/8 by quadrature and ψ, at 40 digits; above it by at most 2e-10 relative."""
+    with mp.workdps(40):
+        roots = [mp.sqrt(3 - mp.sqrt(6)), mp.sqrt(3 + mp.sqrt(6))]
+        area = mp.quad(lambda x: abs(x**4 - 6 * x**2 + 3) * mp.npdf(x), [0, *roots, 8, 16, mp.inf])
+        expected = area / 4 * (mp.log(mp.mpf(rank) / 2) - mp.digamma(mp.mpf(rank) / 2))
+        ratio = mp.mpf(tv_bound(EntryNoise(rank)).value) / expected
+    assert 1 <= ratio <= 1 + 2e-10
+
+
+@pytest.mark.parametrize("k", [0.5, 1.0, 3.5, 15.5, 16.0, 16.5, 1000.0, 5e5])
+def test_remainders_match_mpmath(k: float) -> None:
+    """Oracle: mpmath at 50 digits; 1e-12 of what they are added to."""
+    with mp.workdps(50):
+        x = mp.mpf(k)
+        gamma = mp.loggamma(x) - ((x - 0.5) * mp.log(x) - x + mp.log(2 * mp.pi) / 2)
+        digamma = mp.log(x) - 1 / (2 * x) - mp.digamma(x)
+        assert abs(log_gamma_remainder(k) - gamma) * k < 1e-12
+        assert abs(digamma_remainder(k) - digamma) * k * k < 1e-12
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rho", RHOS)
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_bound_covers_the_exact_distance_and_is_no_idle_one(
+    rank: int, rho: float, variance: Variance
+) -> None:
+    """Oracle: ``tv_to_gaussian``, whose oracle is quadrature; within a factor of 2.8."""
+    law = EntryNoise(rank, 2.0, 2.0 * rho)
+    exact, bound = tv_to_gaussian(law, variance).value, tv_bound(law, variance).value
+    assert exact <= bound <= min(1.0, 2.8 * exact)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rank=st.one_of(st.integers(1, 20), st.integers(21, 100_000)),
+    rho=st.one_of(st.floats(0, 1), st.floats(0, 1).map(lambda x: x**4)),
+    variance=st.sampled_from(VARIANCES),
+)
+def test_bound_is_sound_everywhere(rank: int, rho: float, variance: Variance) -> None:
+    """Oracle: ``tv_to_gaussian``; NaN would fail the comparison."""
+    law = EntryNoise(rank, 1.0, rho)
+    assert tv_to_gaussian(law, variance).value <= tv_bound(law, variance).value <= 1.0
+
+
+@pytest.mark.parametrize("rho", [1e-5, 1e-3, 0.03, 0.4, 1.0])
+def test_published_variance_adds_a_floor(rho: float) -> None:
+    """As r grows the bound tends to TV(N(0, 1 + ρ²), N(0, 1)). Oracle: ½∫|p − q| by quadrature."""
+    wide = stats.norm(0, math.sqrt(1 + rho**2))
+    with mp.workdps(30):
+        std = mp.sqrt(1 + mp.mpf(rho) ** 2)
+        cut = std * mp.sqrt(mp.log(std**2) / (std**2 - 1))
+        expected = float(2 * (mp.ncdf(cut) - mp.ncdf(cut / std)))
+    grid = np.linspace(-9, 9, 200_001)
+    plain = 0.5 * integrate.trapezoid(np.abs(wide.pdf(grid) - stats.norm.pdf(grid)), grid)
+    assert expected == pytest.approx(plain, rel=1e-4, abs=1e-12)
+    law = EntryNoise(10**12, 1.0, rho)
+    added = tv_bound(law, "published").value - tv_bound(law, "exact").value
+    assert added == pytest.approx(expected, rel=1e-6, abs=1e-15)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 64, 3000])
+@pytest.mark.parametrize("rho", [0.0, 0.1, -0.6, 0.999, 1.0])
+def test_berry_esseen_covers_the_exact_distance(rank: int, rho: float) -> None:
+    """Oracle: ``kolmogorov_to_gaussian``."""
+    law = EntryNoise(rank, 3.0, 3.0 * rho)
+    assert kolmogorov_to_gaussian(law).value <= berry_esseen_bound(law).value <= 1.0
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.2, 0.8, 0.999, 1.0])
+def test_berry_esseen_ratio(rho: float) -> None:
+    """β₃ of one term, whose law is the entry's at rank 1. Oracle: E|ξ|³ by quadrature; 1e-8.
+
+    For ρ = 1 the term is z² − 1 and the oracle integrates over z.
+    """
+    if rho == 1.0:
+        cube = 2 * sum(
+            integrate.quad(lambda z: abs(z * z - 1) ** 3 * stats.norm.pdf(z), a, b, epsabs=1e-13)[
+                0
+            ]
+            for a, b in ((0, 1), (1, 16))
+        )
+    else:
+        one = EntryNoise(1, 1.0, rho)
+        points = [-60.0, -20.0, -5.0, -2.0, -1.0, -rho - 1e-3, -rho, -rho + 1e-3, 0.0, 0.5]
+        points += [2.0, 6.0, 20.0, 100.0, 200.0]
+        cube = sum(
+            integrate.quad(lambda x: abs(x) ** 3 * float(one.pdf(x)), a, b, epsabs=1e-12)[0]
+            for a, b in itertools.pairwise(sorted(set(points)))
+        )
+    beta = cube / (1 + rho**2) ** 1.5
+    bound = berry_esseen_bound(EntryNoise(900, 1.0, rho)).value
+    assert bound == pytest.approx(0.469 * beta / 30, rel=1e-8, abs=0)
+    if rho == 0.0:
+        assert beta == pytest.approx(8 / math.pi, rel=1e-8, abs=0)
+
+
+@pytest.mark.parametrize("split", ["products", "columns"])
+def test_lyapunov_ratio_matches_its_definition(split: str) -> None:
+    """Σ E|ξ|³/(Σ Var ξ)^{3/2} of draws of A, within 4.5 standard errors; +5 % is rejected."""
+    rng = np.random.default_rng(20240920)
+    q, rank, draws = np.array([2.0, -1.0, 0.5, 1.0]), 3, 400_000
+    a = rng.standard_normal((draws, rank, 4)) / math.sqrt(rank)
+    # Entry i = 0, without its own term; the published variance is ‖q‖²/r.
+    terms = a[:, :, :1] * a[:, :, 1:] * q[1:]
+    if split == "columns":
+        terms = terms.sum(axis=1, keepdims=True)
+    cubes = (np.abs(terms) ** 3).sum(axis=(1, 2)) / (q @ q / rank) ** 1.5
+    value = lyapunov_ratio(q, rank, split, index=0)  # type: ignore[arg-type]
+    error = 4.5 * cubes.std() / math.sqrt(draws)
+    assert abs(cubes.mean() - value) < error
+    assert abs(cubes.mean() - 1.05 * value) > error
+
+
+def test_published_ratio_is_no_bound() -> None:
+    """For any constant C, C·L₃ falls below the distance as m grows; the distance does not move.
+
+    The row has equal entries but a zero, so that ρ = 0 at every m. Rank 8; C = 100.
+    """
+    exact = tv_to_gaussian(EntryNoise(8)).value
+    ratios = []
+    for inputs in (10, 1000, 100_000, 10_000_000):
+        row = np.ones(inputs)
+        row[0] = 0.0
+        ratios.append(100 * lyapunov_ratio(row, 8, index=0))
+        assert ratios[-1] == pytest.approx(
+            100 * 8 / math.pi / math.sqrt(8 * (inputs - 1)), rel=1e-9, abs=0
+        )
+    assert ratios[0] > exact > ratios[-1]
+    assert exact == pytest.approx(0.041378, rel=0, abs=5.1e-7)
+
+
+def test_columns_do_not_fall_with_rank() -> None:
+    """2√(2/π) is what remains of the factor; products fall as r^{-1/2}."""
+    row = np.ones(100)
+    high = lyapunov_ratio(row, 100_000, "columns")
+    assert high == pytest.approx(2 * math.sqrt(2 / math.pi) / 10, rel=1e-4, abs=0)
+    assert lyapunov_ratio(row, 100_000) == pytest.approx(
+        lyapunov_ratio(row, 10) / 100, rel=1e-12, abs=0
+    )
+
+
+def test_bad_input_is_named() -> None:
+    """Each message says what must hold or what to use."""
+    with pytest.raises(UnsupportedLawError, match="needs EntryNoise"):
+        tv_bound(object())  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedLawError, match="needs EntryNoise"):
+        berry_esseen_bound(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="variance must be one of"):
+        tv_bound(EntryNoise(4), "true")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="split must be one of"):
+        lyapunov_ratio([1.0], 4, "rows")  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match="row must be finite"):
+        lyapunov_ratio([1.0, math.inf], 4)
+    with pytest.raises(ValueError, match="all zero"):
+        lyapunov_ratio([0.0], 4)
+    with pytest.raises(ValueError, match=r"index must lie in \[0, 1\], got 2"):
+        lyapunov_ratio([1.0, 2.0], 4, index=2)
+
+
+def test_bound_prints_rounded_up() -> None:
+    """Six digits, never below the value: .0455716106 prints as .0455717."""
+    text = str(tv_bound(EntryNoise(8)))
+    assert "≤ 0.0455717 (proved upper bound, Taylor expansion of a Gaussian mixture)" in text
