@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+import tracemalloc
 import warnings
 
 import mpmath as mp
@@ -31,6 +32,7 @@ from lora_privacy.errors import UnsupportedEventError
 OPACUS_ORDERS = tuple(float(a) for a in OpacusAccountant.DEFAULT_ALPHAS)
 # (z, p, α): whole and fractional orders, both sides of every switch in the code.
 DEFINITION_CASES = [
+    (0.04, 1e-3, 1.004),
     (0.3, 1e-3, 1.01),
     (0.3, 0.5, 3.7),
     (0.5, 1e-7, 1.5),
@@ -396,6 +398,39 @@ def test_bad_events_are_refused(z: float, p: float, match: str) -> None:
         sampled_gaussian_rdp([1.0, z], p, [2.0])
     with pytest.raises(ValueError, match=match):
         sampled_gaussian_bounds([1.0, z], p, steps=1, delta=1e-5)
+
+
+def test_narrow_floats_and_lists_are_taken_at_their_value() -> None:
+    """A float32 counts as the double it equals, and a caller's list cannot change a ledger."""
+    narrow = SampledGaussian(np.float32(1.3), np.float32(0.01))
+    exact = SampledGaussian(float(np.float32(1.3)), float(np.float32(0.01)))
+    bound = RdpAccountant().compose(narrow, 100).epsilon(np.float32(1e-5))
+    assert bound == RdpAccountant().compose(exact, 100).epsilon(float(np.float32(1e-5)))
+    assert type(bound.delta) is float
+    orders = [2.0, 3.0]
+    accountant = RdpAccountant(orders=orders)
+    orders.append(4.0)
+    assert accountant.orders == (2.0, 3.0)
+
+
+def test_subclasses_of_events_are_refused() -> None:
+    """What a subclass means is not known here."""
+
+    class Reused(GaussianEvent):
+        """The same noise twice, say."""
+
+    with pytest.raises(UnsupportedEventError, match="no proof for Reused"):
+        RdpAccountant().compose(Reused(1.0))
+
+
+def test_many_wide_grids_stay_in_memory() -> None:
+    """99 fractional orders at z = 0.01 need 10⁷ nodes; work arrays stay below 200 MB in all."""
+    tracemalloc.start()
+    found = sampled_gaussian_rdp(0.01, 0.1, [1 + i / 40 + 0.001 for i in range(99)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.all(np.diff(found) > 0)
+    assert peak < 200e6
 
 
 def test_bad_adjacency_is_refused() -> None:

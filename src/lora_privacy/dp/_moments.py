@@ -100,11 +100,14 @@ def _integrate(z: Array, p: float, orders: Array) -> Array:
             nodes = float(need[np.ix_(rows, columns)].max())
             if nodes > _MAX_NODES:
                 continue
-            chunk = max(1, int(_BLOCK // (nodes * len(columns))))
-            for i in range(0, len(rows), chunk):
-                cell = np.ix_(rows[i : i + chunk], columns)
-                at = rows[i : i + chunk]
-                result[cell] = _trapezoid(z[at], p, orders[cell], step[at])
+            wide = max(1, int(_BLOCK // nodes))
+            for j in range(0, len(columns), wide):
+                across = columns[j : j + wide]
+                tall = max(1, int(_BLOCK // (nodes * len(across))))
+                for i in range(0, len(rows), tall):
+                    down = rows[i : i + tall]
+                    cell = np.ix_(down, across)
+                    result[cell] = _trapezoid(z[down], p, orders[cell], step[down])
     return result
 
 

@@ -25,6 +25,7 @@ class GaussianEvent:
 
     def __post_init__(self) -> None:
         _check_noise(self.noise_multiplier)
+        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,9 @@ class SampledGaussian:
     def __post_init__(self) -> None:
         _check_noise(self.noise_multiplier)
         check_sample_rate(self.sample_rate)
+        # A float32 scalar would carry its rounding through the whole account.
+        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", float(self.sample_rate))
 
 
 Event = GaussianEvent | SampledGaussian

@@ -104,7 +104,7 @@ class RdpAccountant:
 
     >>> accountant = RdpAccountant().compose(SampledGaussian(1.0, 0.01), 1000)
     >>> round(accountant.epsilon(1e-5).epsilon, 3)
-    2.102
+    2.101
     """
 
     adjacency: Adjacency = "add-remove"
@@ -121,8 +121,8 @@ class RdpAccountant:
                     "Use orders=None to search for the best one."
                 )
             if not np.all(grid[1:] > grid[:-1]):
-                # Ascending, so that the search may rely on it.
-                object.__setattr__(self, "orders", tuple(np.unique(grid).tolist()))
+                grid = np.unique(grid)  # ascending, so that the search may rely on it
+            object.__setattr__(self, "orders", tuple(grid.tolist()))
         for event, count in self.events:
             _refuse_unproved(event, self.adjacency)
             _validate.integer("count", count, 1)
@@ -147,6 +147,7 @@ class RdpAccountant:
         about 1e-11 of it, and never below.
         """
         _validate.inside("delta", delta, 0, 1, _NO_PURE_DP)
+        delta = float(delta)
         value = 0.0
         if self.events:
             value = float(least_epsilon(self._cost, self._plain(), delta, self.orders)[0])
@@ -161,7 +162,7 @@ class RdpAccountant:
         if not 0 <= epsilon < math.inf:
             raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
 
-        low = -math.inf
+        epsilon, low = float(epsilon), -math.inf
         if self.events:
             low = float(least_log_delta(self._cost, self._plain(), epsilon, self.orders)[0])
         value = min(1.0, math.nextafter(math.exp(min(low, 0.0)), 2.0))
@@ -281,7 +282,8 @@ def _checked_orders(orders: npt.ArrayLike) -> Array:
 
 
 def _refuse_unproved(event: Event, adjacency: Adjacency) -> None:
-    if not isinstance(event, (GaussianEvent, SampledGaussian)):  # pyright: ignore[reportUnnecessaryIsInstance]
+    # The exact type: a subclass may mean something else.
+    if type(event) not in (GaussianEvent, SampledGaussian):
         raise UnsupportedEventError(
             f"RdpAccountant has no proof for {type(event).__name__}; it knows GaussianEvent and "
             "SampledGaussian."
