@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from lora_privacy.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
 
     from lora_privacy.data import TextDataset
 
@@ -50,7 +52,12 @@ class TokenisedDataset:
     """
 
     def __init__(
-        self, data: TextDataset, tokenizer: Any, max_length: int, *, causal: bool  # noqa: ANN401
+        self,
+        data: TextDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        causal: bool,
     ) -> None:
         if not causal and data.labels is None:
             raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,14 @@ from tqdm import tqdm
 
 from lora_privacy.assess.training import loss_of
 from lora_privacy.core import (
-    Adapter,
+    FLoRALinear,
     GradientProbe,
     adapters,
+    disagreement,
     drift,
     drift_bound,
-    refresh,
+    is_conv1d,
+    predicted_update,
     sgd_step,
     snapshot,
 )
@@ -26,6 +27,7 @@ from lora_privacy.core import (
 if TYPE_CHECKING:
     from lora_privacy.assess.batches import TokenisedDataset
     from lora_privacy.assess.config import AssessConfig, Method
+    from lora_privacy.core import Adapter
 
 __all__ = ["LayerDynamics", "check_dynamics"]
 
@@ -38,19 +40,18 @@ class LayerDynamics:
         layer: Name of the adapted module.
         steps: SGD steps.
         learning_rate: η.
-        drift: ‖A_T − A_0‖ / ‖A_0‖; 0 where A is frozen, NaN-free and meaningless for FLoRA (0).
-        disagreement: ‖ΔW_T + η s² Σ G_t AᵀA‖ / ‖ΔW_T‖, with A_0 for LoRA and A_t for FLoRA.
-        rate_times_gradient: ηL, with L the largest ‖Σ_{s<t} G_s‖₂ seen.
-        drift_bound: Upper bound on ‖f_A‖₂, ``inf`` where its condition on ηL fails.
+        drift: ‖A_T − A_0‖ / ‖A_0‖ for LoRA; None where A is frozen or fresh.
+        drift_bound: Proved upper bound on it from the gradients' norms; None likewise.
+        disagreement: ‖ΔW_T + η s² Σ G_t AᵀA‖ / ‖ΔW_T‖, with A_0 for LoRA and LoRA-FA and A_t
+            for FLoRA; 0 where no gradient arrived and nothing moved.
     """
 
     layer: str
     steps: int
     learning_rate: float
-    drift: float
+    drift: float | None
+    drift_bound: float | None
     disagreement: float
-    rate_times_gradient: float
-    drift_bound: float
 
 
 def check_dynamics(
@@ -67,65 +68,62 @@ def check_dynamics(
     model.eval()
     found = adapters(model)
     before = snapshot(model)
-    start = {name: _weight(adapter, method).clone() for name, adapter in found.items()}
-    first_a = {name: adapter.a().clone() for name, adapter in found.items()}
-    total = {name: torch.zeros_like(start[name]) for name in found}
-    predicted = {name: torch.zeros_like(start[name]) for name in found}
-    largest = dict.fromkeys(found, 0.0)
+    start = {name: _added(adapter).clone() for name, adapter in found.items()}
+    total = {name: torch.zeros_like(weight) for name, weight in start.items()}
+    norms: dict[str, list[float]] = {name: [] for name in found}
     rng = np.random.default_rng(config.seed)
     rate = config.dynamics_learning_rate
-    steps = 0
+    size = min(config.batch_size, len(train))
     with GradientProbe(model) as probe:
         for _ in tqdm(range(config.dynamics_steps), desc=f"{method}: SGD check", unit="step"):
-            batch = train.batch(rng.choice(len(train), min(config.batch_size, len(train)), False))
+            batch = train.batch(rng.choice(len(train), size, replace=False))
             loss_of(model, batch, config.task)[0].mean().backward()
             for name, record in probe.records.items():
-                total[name] += record.gradient
-                if method == "flora":
-                    predicted[name] += record.actual_update
-                norm = float(torch.linalg.matrix_norm(total[name], 2))
-                largest[name] = max(largest[name], norm)
+                # FLoRA's A changes with the step, so its sum is taken behind the projection.
+                total[name] += record.actual_update if method == "flora" else record.gradient
+                norms[name].append(float(torch.linalg.matrix_norm(record.gradient, 2)))
             if method == "flora":
                 sgd_step(model, rate)
-                refresh(model)
             else:
                 _step_factors(found, rate)
             model.zero_grad()
             probe.step()
-            steps += 1
     drifted = drift(model, before) if method == "lora" else {}
     layers = []
     for name, adapter in found.items():
-        moved = _weight(adapter, method) - start[name]
-        if method != "flora":
-            predicted[name] = adapter.scaling**2 * (total[name] @ first_a[name].T) @ first_a[name]
-        size = float(moved.norm())
-        gap = float((moved + rate * predicted[name]).norm())
+        moved = _added(adapter) - start[name]
+        if method == "flora":
+            predicted = -rate * total[name]
+        else:
+            predicted = predicted_update(
+                [total[name]], before.a[name], rate, scaling=adapter.scaling
+            )
         layers.append(
             LayerDynamics(
                 layer=name,
-                steps=steps,
+                steps=config.dynamics_steps,
                 learning_rate=rate,
-                drift=drifted.get(name, 0.0),
-                disagreement=gap / size if size > 0 else 0.0,
-                rate_times_gradient=rate * largest[name],
-                drift_bound=drift_bound(rate, largest[name], steps),
+                drift=drifted.get(name),
+                drift_bound=drift_bound(norms[name], rate, scaling=adapter.scaling)
+                if method == "lora"
+                else None,
+                disagreement=disagreement(moved, predicted) if bool(moved.any()) else 0.0,
             )
         )
     return tuple(layers)
 
 
-def _weight(adapter: Adapter, method: Method) -> Tensor:
-    """What the adapter has added to the weight (LoRA), or the weight that was moved (FLoRA)."""
-    with torch.no_grad():
-        if method == "flora":
-            return adapter.layer.weight.detach()
-        return adapter.scaling * (adapter.b().detach() @ adapter.a().detach())
+def _added(adapter: Adapter) -> Tensor:
+    """What the adapter adds to the weight (LoRA), or the weight that it moves (FLoRA)."""
+    if isinstance(adapter.layer, FLoRALinear):
+        weight = adapter.layer.weight.detach()
+        return weight.T if is_conv1d(adapter.layer.base) else weight
+    return adapter.scaling * (adapter.b().detach() @ adapter.a().detach())
 
 
 @torch.no_grad()
 def _step_factors(found: dict[str, Adapter], rate: float) -> None:
     for adapter in found.values():
-        for factor in (adapter.layer.project.weight, adapter.layer.expand.weight):
+        for factor in adapter.layer.parameters():  # the base is frozen and has no gradient
             if factor.grad is not None:
                 factor -= rate * factor.grad

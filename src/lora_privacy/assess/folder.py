@@ -90,13 +90,16 @@ class RunFolder:
     def _owner(self) -> int | None:
         """The process that holds the lock, or None when it is gone."""
         try:
-            pid = int(self._lock.read_text() or "0")
-            os.kill(pid, 0)
-        except (ValueError, ProcessLookupError, FileNotFoundError):
+            pid = int(self._lock.read_text())
+        except (ValueError, FileNotFoundError):
+            return None
+        try:
+            os.kill(pid, 0)  # asks whether it lives, sends nothing
+        except ProcessLookupError:
             return None
         except PermissionError:
-            return pid
-        return pid or None
+            pass  # it lives and is another user's
+        return pid
 
     def _check(self) -> None:
         stamp = self.path / "methods" / "config.json"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lora_privacy.assess.plots import Drawing
-    from lora_privacy.assess.result import Assessment, MethodResult
+    from lora_privacy.assess.result import Assessment
 
 __all__ = ["render"]
 
@@ -28,7 +28,8 @@ body { margin: 0 auto; padding: 1rem 1.25rem 4rem; max-width: 72rem; color: var(
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 1.2rem 0 .4rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line); }
 p, li { max-width: 46rem; }
-.banner { border: 2px solid var(--warn); color: var(--warn); padding: .5rem .8rem; max-width: none; }
+.banner { border: 2px solid var(--warn); color: var(--warn); padding: .5rem .8rem;
+  max-width: none; }
 .verdict { background: var(--soft); border-left: 5px solid var(--ink); padding: .6rem 1rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -102,20 +103,23 @@ def _missing(result: Assessment) -> str:
 def _verdict(result: Assessment) -> str:
     if not result.methods:
         return "<p class=verdict>No method finished, so nothing is said here.</p>"
-    items = []
-    for method in result.methods:
-        items.append(
-            f"<li><strong>{escape(method.method)}</strong>: no guarantee. "
-            f"{escape((method.proved.reason or '').capitalize())}. Read as if the injected noise "
-            f"were Gaussian and independent, which it is not, it would say ε = "
-            f"{number(method.implied.epsilon)} at δ = {method.implied.delta:g}.</li>"
-        )
+    names = escape(", ".join(method.method for method in result.methods))
+    reasons = {method.proved.reason or "" for method in result.methods}
+    readings = "; ".join(
+        f"{escape(method.method)}: ε = {number(method.implied.epsilon)}, and "
+        f"{number(method.flattering.epsilon)} with no distortion, the most flattering case"
+        for method in result.methods
+    )
     return (
         "<div class=verdict><p><strong>No.</strong> None of these runs protects its training "
-        "data by a proved (ε, δ) bound.</p><ul>" + "".join(items) + "</ul><p>The projection does "
-        "inject noise, its law is known exactly and measured below; but a law is not a guarantee: "
-        "one A multiplies every gradient of a step, and the weight update shows "
-        "the row space of A to everybody.</p></div>"
+        f"data by a proved (ε, δ) bound.</p><ul><li><strong>{names}</strong>: no guarantee, "
+        f"because {escape('; '.join(sorted(reasons)))}.</li><li>Read as if the noise were "
+        "Gaussian and independent, which it is not, an accountant would print, at δ = "
+        f"{result.config.delta:g}: {readings}. This is not a guarantee, and such an ε would "
+        "promise next to nothing.</li></ul><p>The projection does inject noise; its law is known "
+        "exactly and measured below. But a law is not a guarantee: one A multiplies every "
+        "gradient of a step, and the weight update shows the row space of A to everybody.</p>"
+        "</div>"
     )
 
 
@@ -123,9 +127,7 @@ def _section_main(result: Assessment) -> str:
     if not result.methods:
         return ""
     largest = result.dev.largest_class
-    base = (
-        f" Guessing the most frequent class scores {100 * largest:.1f} %." if largest else ""
-    )
+    base = f" Guessing the most frequent class scores {100 * largest:.1f} %." if largest else ""
     return (
         "<h2>Result</h2>"
         + _html(main_table(result))

@@ -17,6 +17,7 @@ from lora_privacy.noise import (
     expected_noise_energy,
     joint_tv_to_gaussian,
     matrix_tv_to_gaussian,
+    noise_energy_variance,
     tv_bound,
     tv_of_entries,
 )
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from lora_privacy.assess.config import Method
     from lora_privacy.core import Adapter, GradientRecord
     from lora_privacy.laws import EntryLaw
 
@@ -35,7 +37,7 @@ __all__ = ["EntryCheck", "LayerNoise", "NoiseMeter"]
 
 # Rows a layer that fresh draws of A are applied to: cheap, and one row already has m entries.
 _ROWS = 4
-_QUANTILES = 99
+_QUANTILES = 61
 # Level of the band around the empirical distribution function, over all layers of one method.
 _BAND_LEVEL = 0.01
 
@@ -83,8 +85,10 @@ class LayerNoise:
         gradient_norm: Root mean square of ‖G‖_F over those steps, in the loss's unit per weight.
         training_ratio: Σ‖N‖² measured over Σ E‖N‖² predicted, with the A of each step.
         fresh_ratio: The same over fresh draws of A, for four rows of the last measured G.
-        fresh_standard_error: Its standard error.
-        one_draw_spread: Standard deviation of that ratio for a single draw of A.
+        fresh_standard_error: Its standard error, by the exact law where A is Gaussian or
+            orthonormal, else by the sample.
+        one_draw_spread: Standard deviation of the ratio of the whole last G for a single draw
+            of A, by the exact law likewise, else by the sample of its four rows.
         entry: One entry's law over the same draws.
         tv_median: Total variation of an entry to N(0, its exact variance), median of the row.
         tv_largest: Largest of the row.
@@ -122,12 +126,12 @@ class NoiseMeter:
 
     Args:
         adapters: The adapted layers, as ``core.adapters`` lists them before training.
-        fresh_a: Whether every step has an A of its own (FLoRA).
+        method: How they are trained; under FLoRA every step has an A of its own.
     """
 
-    def __init__(self, adapters: Mapping[str, Adapter], *, fresh_a: bool) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], method: Method) -> None:
         self._adapters = dict(adapters)
-        self._fresh_a = fresh_a
+        self._method = method
         self._measured = dict.fromkeys(adapters, 0.0)
         self._predicted = dict.fromkeys(adapters, 0.0)
         self._squared_norm = dict.fromkeys(adapters, 0.0)
@@ -163,6 +167,7 @@ class NoiseMeter:
         energies, entry = self._fresh(name, adapter, rows, draws, seed, int(picked[0]))
         predicted = expected_noise_energy(rows, adapter.law, adapter.rank)
         ratio = energies / predicted
+        sampled = float(ratio.std(ddof=1))
         top = rows[0]
         cosine = float(np.max(np.abs(top)) / np.linalg.norm(top))
         tv = tv_of_entries(top, adapter.rank, variance="exact")
@@ -177,12 +182,12 @@ class NoiseMeter:
             law=adapter.law.name,
             variance=adapter.law.variance,
             steps=self.steps,
-            projections=self.steps if self._fresh_a else 1,
+            projections=self.steps if self._method == "flora" else 1,
             gradient_norm=math.sqrt(self._squared_norm[name] / self.steps),
             training_ratio=self._measured[name] / self._predicted[name],
             fresh_ratio=float(ratio.mean()),
-            fresh_standard_error=float(ratio.std(ddof=1) / math.sqrt(draws)),
-            one_draw_spread=float(ratio.std(ddof=1)),
+            fresh_standard_error=_spread(rows, adapter, sampled) / math.sqrt(draws),
+            one_draw_spread=_spread(gradient, adapter, sampled),
             entry=entry,
             tv_median=float(np.median(tv)),
             tv_largest=float(tv.max()),
@@ -199,8 +204,17 @@ class NoiseMeter:
     ) -> tuple[Array, EntryCheck]:
         """Energies of the noise of ``rows`` and the first row's middle entry, over fresh A."""
         law = adapter.law
+        if law.name == "unknown":
+            raise ValueError(
+                f"the law of A at {name} is unknown, so no fresh A can be drawn; adapt the model "
+                "with a named law."
+            )
         projection = RandomProjection(
-            adapter.rank, adapter.in_features, law.name, seed=seed, layer=f"check of {name}"
+            adapter.rank,
+            adapter.in_features,
+            law.name,
+            seed=seed,
+            layer=f"check of {name}, {self._method}",  # draws of their own for every method
         )
         q = torch.from_numpy(rows)
         column = int(np.argsort(np.abs(rows[0]))[rows.shape[1] // 2])
@@ -236,7 +250,8 @@ class NoiseMeter:
         band = math.sqrt(math.log(2 / level) / (2 * len(values)))
         if reference == "simulated":
             band *= 1 + math.sqrt(0.1)
-        levels = np.arange(1, _QUANTILES + 1) / (_QUANTILES + 1)
+        # Even steps of a Gaussian's quantiles: tails are where the laws differ.
+        levels = stats.norm.cdf(np.linspace(-3.0, 3.0, _QUANTILES))
         deviation = float(stated.std())
         return EntryCheck(
             row=row_index,
@@ -250,3 +265,11 @@ class NoiseMeter:
             expected=tuple((np.asarray(stated.ppf(levels)) / deviation).tolist()),
             normal=tuple(stats.norm.ppf(levels).tolist()),
         )
+
+
+def _spread(gradient: Array, adapter: Adapter, sampled: float) -> float:
+    """Relative standard deviation of the noise energy for one draw of A."""
+    if adapter.law.name not in ("gaussian", "orthonormal"):  # not rotation invariant
+        return sampled
+    variance = noise_energy_variance(gradient, adapter.law, adapter.rank)
+    return math.sqrt(variance) / expected_noise_energy(gradient, adapter.law, adapter.rank)

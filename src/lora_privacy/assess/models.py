@@ -103,11 +103,8 @@ def load_model(config: AssessConfig, classes: int) -> tuple[nn.Module, Any]:
 
 
 def block_count(model: nn.Module) -> int:
-    """Number of transformer blocks: the length of the longest list of modules in ``model``."""
-    lists = [len(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise UnsupportedLayerError("the model has no list of blocks, so last_layers is undefined.")
-    return max(lists)
+    """Number of transformer blocks: the length of the longest list of modules; 0 for none."""
+    return max((len(m) for m in model.modules() if isinstance(m, nn.ModuleList)), default=0)
 
 
 def _locate(name: str, gguf_file: str | None) -> tuple[str, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ __all__ = [
 
 _STYLES = (("#1b4f8a", "o", "-"), ("#c8553d", "s", "--"), ("#4a4a4a", "^", ":"))
 _QQ_PANELS = 6
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -66,7 +66,9 @@ def draw_all(result: Assessment) -> dict[str, Drawing]:
         return {}
     drawings: dict[str, Drawing] = {}
 
-    def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Figure], None]):
+    def draw(
+        name: str, alt: str, size: tuple[float, float], paint: Callable[[Figure], object]
+    ) -> None:
         with mpl.rc_context(_SETTINGS):
             figure = Figure(figsize=size, layout="constrained")
             paint(figure)
@@ -153,12 +155,8 @@ def plot_quantiles(layer: LayerNoise, ax: Axes, title: str | None = None) -> Axe
     entry = layer.entry
     low, high = entry.expected[0], entry.expected[-1]
     ax.plot([low, high], [low, high], color="black", linewidth=0.8, label="exact law")
-    ax.plot(
-        entry.expected, entry.normal, "--", color="#c8553d", linewidth=1.2, label="Gaussian"
-    )
-    ax.plot(
-        entry.expected, entry.observed, ".", color="#1b4f8a", markersize=3.5, label="drawn"
-    )
+    ax.plot(entry.expected, entry.normal, "--", color="#c8553d", linewidth=1.2, label="Gaussian")
+    ax.plot(entry.expected, entry.observed, ".", color="#1b4f8a", markersize=3.5, label="drawn")
     ax.set_title(f"{title or layer.layer}, r = {layer.rank}", fontsize=8)
     return ax
 
@@ -209,9 +207,7 @@ def plot_training(result: Assessment, left: Axes, right: Axes) -> tuple[Axes, Ax
         colour, marker, line = _STYLES[index % len(_STYLES)]
         losses = method.curve.losses
         window = min(20, len(losses))
-        smooth = [
-            sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)
-        ]
+        smooth = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
         steps = range(window, len(losses) + 1)
         left.plot(steps, smooth, line, color=colour, label=method.method)
         scores = method.curve.scores
@@ -230,7 +226,8 @@ def plot_training(result: Assessment, left: Axes, right: Axes) -> tuple[Axes, Ax
 
 def _paint_quantiles(figure: Figure, layers: list[LayerNoise], rows: int) -> None:
     axes = figure.subplots(rows, 3, squeeze=False).ravel()
-    for ax, layer, title in zip(axes, layers, short_names([x.layer for x in layers])):
+    titles = short_names([layer.layer for layer in layers])
+    for ax, layer, title in zip(axes, layers, titles, strict=False):
         plot_quantiles(layer, ax, title)
     for ax in axes[len(layers) :]:
         ax.set_axis_off()
@@ -259,13 +256,12 @@ def _place(layers: tuple[LayerNoise, ...], row: int, index: int, count: int) -> 
 def _name_layers(ax: Axes, layers: Sequence[LayerNoise | LayerDynamics]) -> None:
     ax.set_yticks(range(len(layers)), short_names([x.layer for x in layers]), fontsize=7)
     ax.set_ylabel("layer")
+    ax.set_ylim(-0.6, len(layers) - 0.4)
     ax.invert_yaxis()
 
 
 def _legend_above(ax: Axes, columns: int) -> None:
-    ax.legend(
-        frameon=False, fontsize=7, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0)
-    )
+    ax.legend(frameon=False, fontsize=7, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0))
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -55,7 +55,8 @@ class MethodResult:
         trained_parameters: Numbers that the optimiser moves, the head included.
         curve: Loss, held-out score, time and memory.
         drift: ‖A_T − A_0‖/‖A_0‖ after training, a layer; empty where A is fixed or fresh.
-        layers: Noise, measured and predicted, a layer.
+        shapes: (out_features, rank) of every adapted layer.
+        layers: Noise, measured and predicted, of every layer that had a gradient.
         dynamics: The check of the linearised dynamics, a layer; empty when left out.
         proved: The proved ε, or ``inf`` with the reason.
         implied: The implicit-privacy reading at the honest distortion. Not a guarantee.
@@ -66,6 +67,7 @@ class MethodResult:
     trained_parameters: int
     curve: TrainingCurve
     drift: dict[str, float]
+    shapes: tuple[tuple[int, int], ...]
     layers: tuple[LayerNoise, ...]
     dynamics: tuple[LayerDynamics, ...]
     proved: PrivacyBound
@@ -75,7 +77,8 @@ class MethodResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; infinities are the string ``"inf"``."""
         data = {
-            name: getattr(self, name) for name in ("method", "trained_parameters", "drift")
+            name: getattr(self, name)
+            for name in ("method", "trained_parameters", "drift", "shapes")
         }
         data["curve"] = asdict(self.curve)
         data["layers"] = [asdict(layer) for layer in self.layers]
@@ -170,7 +173,10 @@ def method_from_dict(
     curve["losses"] = tuple(curve["losses"])
     layers = []
     for layer in data["layers"]:
-        entry = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["entry"].items()}
+        entry: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in layer["entry"].items()
+        }
         layers.append(LayerNoise(**{**layer, "entry": EntryCheck(**entry)}))
     dynamics = tuple(
         LayerDynamics(**{name: _number(value) for name, value in layer.items()})
@@ -182,6 +188,7 @@ def method_from_dict(
         trained_parameters=data["trained_parameters"],
         curve=TrainingCurve(**curve),
         drift=data["drift"],
+        shapes=tuple((rows, rank) for rows, rank in data["shapes"]),
         layers=tuple(layers),
         dynamics=dynamics,
         proved=proved,

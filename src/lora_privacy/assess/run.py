@@ -65,8 +65,8 @@ def assess(
         for method in config.methods:
             saved = folder.saved(method)
             if saved is not None:
-                shapes = [(layer["out_features"], layer["rank"]) for layer in saved["layers"]]
-                readings = privacy_readings(config, shapes, len(train), saved["curve"]["steps"])
+                shapes, steps = saved["shapes"], saved["curve"]["steps"]
+                readings = privacy_readings(config, shapes, len(train), steps)
                 finished.append(method_from_dict(saved, readings))
                 continue
             try:
@@ -99,32 +99,38 @@ def _run_method(
     with torch.random.fork_rng():
         model, tokenizer = _adapted(method, config, train)
         causal = config.task == "causal-lm"
-        data = tuple(
+        tokenised, held_out = (
             TokenisedDataset(part, tokenizer, config.max_length, causal=causal)
             for part in (train, dev)
         )
         found = adapters(model)
         before = snapshot(model)
-        meter = NoiseMeter(found, fresh_a=method == "flora")
-        prefixes = tuple(_prefix(model, part, config) for part in data)
+        meter = NoiseMeter(found, method)
         curve = fine_tune(
-            model, *data, config, method=method, meter=meter, prefixes=prefixes
+            model,
+            tokenised,
+            held_out,
+            config,
+            method=method,
+            meter=meter,
+            prefixes=(_prefix(model, tokenised, config), _prefix(model, held_out, config)),
         )
         drifted = drift(model, before) if method == "lora" else {}
-        trained = trained_parameters(model)
+        trained = trained_parameters(model, method)
         layers = meter.layers(draws=config.noise_draws, seed=config.seed)
         dynamics = ()
         if config.dynamics_steps:
             # From the start again: the check is about a fresh adapter and plain SGD.
             model, _ = _adapted(method, config, train)
-            dynamics = check_dynamics(model, data[0], config, method=method)
-    shapes = [(adapter.out_features, adapter.rank) for adapter in found.values()]
+            dynamics = check_dynamics(model, tokenised, config, method=method)
+    shapes = tuple((adapter.out_features, adapter.rank) for adapter in found.values())
     proved, implied, flattering = privacy_readings(config, shapes, len(train), curve.steps)
     return MethodResult(
         method=method,
         trained_parameters=trained,
         curve=curve,
         drift=drifted,
+        shapes=shapes,
         layers=layers,
         dynamics=dynamics,
         proved=proved,
@@ -136,15 +142,11 @@ def _run_method(
 def _adapted(method: Method, config: AssessConfig, train: TextDataset) -> tuple[nn.Module, Any]:
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config, len(train.classes))
-    layers = None
-    if config.last_layers is not None:
-        blocks = block_count(model)
-        if config.last_layers > blocks:
-            raise ValueError(
-                f"last_layers must be at most {blocks}, the model's blocks, got "
-                f"{config.last_layers}."
-            )
-        layers = tuple(range(blocks - config.last_layers, blocks))
+    if config.last_layers is not None and config.last_layers > (blocks := block_count(model)):
+        raise ValueError(
+            f"last_layers must be at most {blocks}, the blocks of {config.model!r}, got "
+            f"{config.last_layers}."
+        )
     adapt(
         model,
         config.rank,
@@ -153,16 +155,14 @@ def _adapted(method: Method, config: AssessConfig, train: TextDataset) -> tuple[
         alpha=config.alpha,
         law=config.law,
         seed=config.seed,
-        layers=layers,
+        # Negative numbers count from the last block.
+        layers=None if config.last_layers is None else range(-config.last_layers, 0),
+        trainable=("head",) if config.task == "classification" else (),
     )
-    if config.task == "classification":
-        model.head.requires_grad_(True)
     return model.train(), tokenizer
 
 
-def _prefix(
-    model: nn.Module, data: TokenisedDataset, config: AssessConfig
-) -> CachedPrefix | None:
+def _prefix(model: nn.Module, data: TokenisedDataset, config: AssessConfig) -> CachedPrefix | None:
     """The frozen blocks' output for all of ``data``, when there are frozen blocks."""
     if config.last_layers is None:
         return None
@@ -198,9 +198,7 @@ def _load_data(config: AssessConfig) -> tuple[TextDataset, TextDataset]:
     }
     train = load(config.train, split="train", limit=config.train_size, **columns)
     classes = None if causal else train.classes
-    dev = load(
-        config.dev, split="validation", limit=config.dev_size, classes=classes, **columns
-    )
+    dev = load(config.dev, split="validation", limit=config.dev_size, classes=classes, **columns)
     return train, dev
 
 

@@ -39,11 +39,11 @@ def number(value: float, digits: int = 3) -> str:
         return "∞" if value > 0 else "-∞"
     if value == 0:
         return "0"
-    power = math.floor(math.log10(abs(value)))
+    scientific = f"{value:.{digits - 1}e}"  # rounds first, so that 0.9996 counts as 1.00
+    power = int(scientific.split("e")[1])
     if power < -3:
-        return f"{value:.{digits - 1}e}"
-    places = max(0, digits - 1 - power)
-    return f"{round(value, digits - 1 - power):,.{places}f}"
+        return scientific
+    return f"{float(scientific):,.{max(0, digits - 1 - power)}f}"
 
 
 def main_table(result: Assessment) -> Table:
@@ -60,7 +60,7 @@ def main_table(result: Assessment) -> Table:
         "row TV",
         "matrix TV",
         "drift of A",
-        "ΔW off linear story",
+        "SGD: ΔW off −ηs²ΣGAᵀA",
         "proved ε",
         "implied ε (heuristic)",
     )
@@ -120,7 +120,7 @@ def layer_table(method: MethodResult) -> Table:
         "row TV",
         "matrix TV",
         "drift of A",
-        "ΔW off linear story",
+        "SGD: ΔW off −ηs²ΣGAᵀA",
     )
     gaps = {layer.layer: layer.disagreement for layer in method.dynamics}
     names = short_names([layer.layer for layer in method.layers])

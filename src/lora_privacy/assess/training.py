@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from tqdm import tqdm
 
 from lora_privacy.core import GradientProbe, decompress, flora_layers, refresh
@@ -73,10 +73,12 @@ def loss_of(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, Tensor 
     """
     if task == "classification":
         logits = model(**batch.inputs())
-        return F.cross_entropy(logits, batch.labels, reduction="none"), logits
+        return functional.cross_entropy(logits, batch.labels, reduction="none"), logits
     logits = model(**batch.inputs()).logits[:, :-1]
     labels = batch.labels[:, 1:]
-    tokens = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    tokens = functional.cross_entropy(
+        logits.transpose(1, 2), labels, reduction="none", ignore_index=-100
+    )
     return tokens.sum(1) / (labels != -100).sum(1).clamp(min=1), None
 
 
@@ -121,7 +123,8 @@ def fine_tune(
 
     Args:
         model: Adapted model.
-        train: Training examples. dev: Held-out examples.
+        train: Training examples.
+        dev: Held-out examples.
         config: Epochs, batch size, rate, seed.
         method: How ``model`` was adapted.
         meter: Receives the gradient records.
@@ -130,7 +133,7 @@ def fine_tune(
     Raises:
         NonFiniteError: The loss is NaN or infinite.
     """
-    dense, factors = _trained(model)
+    dense, factors = _trained(model, method)
     groups = [
         {"params": dense, "lr": config.dense_learning_rate},
         {"params": factors, "lr": config.learning_rate},
@@ -150,7 +153,7 @@ def fine_tune(
                 with _prefixed(prefixes[0], batch):
                     loss = loss_of(model, batch, config.task)[0].mean()
                     loss.backward()
-                value = float(loss)
+                value = loss.item()
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"the loss is {value} at step {len(losses) + 1} of {method}; use a "
@@ -181,18 +184,18 @@ def fine_tune(
     )
 
 
-def _trained(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def _trained(model: nn.Module, method: Method) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(FLoRA's dense weights, trained factors and head)."""
-    layers = flora_layers(model).values()
+    layers = list(flora_layers(model).values()) if method == "flora" else []
     # FLoRA's compressed gradients pass through B.grad; B itself is never stepped.
     passed = {id(layer.expand.weight) for layer in layers} | {id(layer.weight) for layer in layers}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in passed]
     return [layer.weight for layer in layers], rest
 
 
-def trained_parameters(model: nn.Module) -> int:
+def trained_parameters(model: nn.Module, method: Method) -> int:
     """Numbers that the optimiser moves; a FLoRA layer counts its dense weight."""
-    return sum(p.numel() for group in _trained(model) for p in group)
+    return sum(p.numel() for group in _trained(model, method) for p in group)
 
 
 def _prefixed(prefix: CachedPrefix | None, batch: Batch):  # noqa: ANN202

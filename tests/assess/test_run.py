@@ -1,0 +1,258 @@
+"""The whole job on tiny models that the test makes: no network, no packaged model."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
+
+from lora_privacy.assess import AssessConfig, assess
+from lora_privacy.assess import run as run_module
+from lora_privacy.cli import app
+from lora_privacy.data import tickets
+from lora_privacy.errors import DataError, FolderInUseError, NoTargetError
+
+SMALL = {
+    "train_size": 24,
+    "dev_size": 12,
+    "epochs": 2,
+    "batch_size": 8,
+    "rank": 4,
+    "probe_every": 2,
+    "noise_draws": 60,
+    "dynamics_steps": 3,
+    "max_length": 24,
+}
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = sorted({word for text in tickets(200, seed=0).texts for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A 3-block BERT of random weights in a folder."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertModel(
+            BertConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=64,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A 2-block GPT-2, whose linear maps are Conv1D."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64)
+        ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("last_layers", [None, 1])
+def test_all_methods_and_what_each_must_show(
+    bert: str, tmp_path: Path, last_layers: int | None
+) -> None:
+    config = AssessConfig(model=bert, last_layers=last_layers, **SMALL)
+    state = torch.random.get_rng_state()
+    result = assess(config, tmp_path / "out")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    lora, lora_fa, flora = result.methods
+    assert [m.method for m in result.methods] == ["lora", "lora-fa", "flora"]
+    assert result.missing == ()
+    for method in result.methods:
+        assert method.curve.steps == 6
+        assert len(method.layers) == 2 * (last_layers or 3)
+        assert all(layer.steps == 3 for layer in method.layers)
+        assert method.proved.epsilon == math.inf
+        assert "no noise was added" in method.proved.reason
+        assert {layer.matrix_tv for layer in method.layers} == {1.0}
+    assert all(moved > 0 for moved in lora.drift.values())
+    assert not lora_fa.drift
+    assert not flora.drift
+    # With A fixed, or fresh and known, plain SGD follows the linear story to rounding, which for
+    # FLoRA is that of weights far larger than their change; a stale A would be off by a factor.
+    assert max(layer.disagreement for layer in lora_fa.dynamics) < 1e-5
+    assert max(layer.disagreement for layer in flora.dynamics) < 0.02
+    assert max(layer.disagreement for layer in lora.dynamics) > 1e-7
+    for layer in lora.dynamics:
+        assert layer.drift <= layer.drift_bound * (1 + 1e-5)
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [m["method"] for m in saved["methods"]] == ["lora", "lora-fa", "flora"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
+def test_a_cached_prefix_changes_time_not_results(bert: str, tmp_path: Path) -> None:
+    """Oracle: the same run without the cache, dropout being off in a BERT whose rates are 0."""
+    config = AssessConfig(model=bert, last_layers=1, methods=("lora",), **SMALL)
+    folder = Path(bert)
+    settings = json.loads((folder / "config.json").read_text())
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
+    for file in folder.iterdir():
+        (quiet / file.name).write_bytes(file.read_bytes())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (quiet / "config.json").write_text(json.dumps(settings))
+    config = AssessConfig(model=str(quiet), last_layers=1, methods=("lora",), **SMALL)
+    cached = assess(config, tmp_path / "a").methods[0].curve.losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "_prefix", lambda *_: None)
+        plain = assess(config, tmp_path / "b").methods[0].curve.losses
+    assert cached == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_numbers(bert: str, tmp_path: Path) -> None:
+    config = AssessConfig(model=bert, methods=("flora",), last_layers=1, **SMALL)
+    first, second = (assess(config, tmp_path / name).methods[0] for name in "ab")
+    assert first.curve.losses == second.curve.losses
+    assert first.layers == second.layers
+
+
+def test_a_causal_model_with_conv1d(gpt2: str, tmp_path: Path) -> None:
+    lines = "\n".join(tickets(40, seed=0).texts)
+    (tmp_path / "text.tsv").write_text("text\n" + lines.replace("\t", " ") + "\n")
+    config = AssessConfig(
+        model=gpt2,
+        task="causal-lm",
+        train=str(tmp_path / "text.tsv"),
+        dev=str(tmp_path / "text.tsv"),
+        text_columns=("text",),
+        **SMALL,
+    )
+    result = assess(config, tmp_path / "out")
+    for method in result.methods:
+        assert method.curve.scores[-1].accuracy is None
+        assert math.isfinite(method.curve.scores[-1].loss)
+        assert {(x.out_features, x.in_features) for x in method.layers} == {(48, 16)}
+    assert max(layer.disagreement for layer in result.methods[1].dynamics) < 1e-5
+
+
+def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(bert: str, tmp_path: Path) -> None:
+    config = AssessConfig(model=bert, last_layers=1, **SMALL)
+    calls = []
+
+    def interrupted(*args: object, **options: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **options)
+
+    original = run_module.fine_tune
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "fine_tune", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            assess(config, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [m["method"] for m in saved["methods"]] == ["lora"]
+    assert saved["missing"] == ["lora-fa", "flora"]
+    assert "Not finished: lora-fa, flora" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(FolderInUseError, match="--resume"):
+        assess(config, tmp_path / "out")
+    whole = assess(config, tmp_path / "out", resume=True)
+    assert whole.missing == ()
+    # The finished method was taken up, not run again: its time is the one that was saved.
+    assert whole.methods[0].curve.wall_seconds == saved["methods"][0]["curve"]["wall_seconds"]
+    straight = assess(config, tmp_path / "straight")
+    assert [m.layers for m in straight.methods] == [m.layers for m in whole.methods]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"targets": ("q_proj",)}, NoTargetError, "key, query, value"),
+        ({"last_layers": 9}, ValueError, "last_layers must be at most 3"),
+        ({"rank": 17, "law": "orthonormal"}, ValueError, "at most in_features = 16"),
+        ({"model": "nowhere/at/all"}, DataError, "no folder"),
+        ({"train": "missing.tsv", "dev": "missing.tsv"}, DataError, "missing.tsv"),
+        ({"task": "causal-lm"}, DataError, "tickets"),
+    ],
+)
+def test_bad_input_is_named(
+    bert: str,
+    tmp_path: Path,
+    changes: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    config = AssessConfig(**{"model": bert, **SMALL, **changes})
+    with pytest.raises(error, match=message):
+        assess(config, tmp_path / "out")
+
+
+def test_a_held_out_set_is_asked_for(bert: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,label\na b,x\nc d,y\n")
+    config = AssessConfig(model=bert, train=str(tmp_path / "t.csv"), **SMALL)
+    with pytest.raises(DataError, match="--dev"):
+        assess(config, tmp_path / "out")
+
+
+def test_the_command_prints_the_table_and_names_errors(bert: str, tmp_path: Path) -> None:
+    options = [
+        "--model",
+        bert,
+        "--train-size",
+        "16",
+        "--dev-size",
+        "8",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--last-layers",
+        "1",
+        "--noise-draws",
+        "20",
+        "--dynamics-steps",
+        "1",
+        "--method",
+        "lora-fa",
+        "--rank",
+        "2",
+    ]
+    runner = CliRunner()
+    output = str(tmp_path / "out")
+    done = runner.invoke(app, ["assess", "--output", output, *options])
+    assert done.exit_code == 0, done.output
+    assert "| lora-fa |" in done.output
+    assert "report.html" in done.output
+    again = runner.invoke(app, ["assess", "--output", output, *options])
+    assert again.exit_code == 2
+    assert "error:" in again.output
+    assert "Traceback" not in again.output
+    for wrong in (["--rank", "0"], ["--method", "qlora"], ["--task", "poetry"]):
+        failed = runner.invoke(app, ["assess", "--output", str(tmp_path / "x"), *options, *wrong])
+        assert failed.exit_code == 2
+        assert "error:" in failed.output
