@@ -90,7 +90,7 @@ def works(model: nn.Module, tokens: int) -> dict[str, Callable[[], None]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Cost of GradientProbe on MiniLM.")
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[40, 128])
     options = parser.parse_args()

@@ -117,16 +117,19 @@ def test_loss_and_gradients_are_those_of_the_whole_model(family: str, first: int
 
 
 def test_the_blocks_below_do_not_run() -> None:
-    """A frozen block that is broken after fill() is not missed, but for the weights' check."""
+    """Only the last of three blocks computes; padding enters it as zeros."""
     model = lora(tiny("bert"), 2)
     prefix = filled(model, "bert")
     ran: list[int] = []
+    entered: list[torch.Tensor] = []
     for i, block in enumerate(model.bert.encoder.layer):
         block.output.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.bert.encoder.layer[2].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     batch = examples("bert", [0, 1])
     with prefix.using([0, 1], batch["attention_mask"]):
         model(**batch)
     assert ran == [2]
+    assert torch.equal(entered[0].ne(0).any(-1), batch["attention_mask"] == 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,6 +226,19 @@ def test_examples_of_one_length_need_no_mask() -> None:
         pass
 
 
+def test_states_are_those_of_evaluation_mode() -> None:
+    """Oracle: the model in evaluation mode, bit for bit; dropout is .5 in training mode."""
+    batch, outputs = examples("bert", [0, 1]), []
+    for training in (True, False):
+        model = lora(tiny("bert", hidden_dropout_prob=0.5).train(training), 2)
+        prefix = filled(model, "bert")
+        assert model.training == training
+        model.eval()
+        with prefix.using([0, 1], batch["attention_mask"]):
+            outputs.append(model(**batch).logits)
+    assert torch.equal(*outputs)
+
+
 def test_depth_0_changes_nothing() -> None:
     """Oracle: the model itself, bit for bit; no batch is read."""
     model = lora(tiny("bert"), 0)
@@ -283,7 +299,8 @@ def test_changed_weights_make_it_stale_and_equal_ones_do_not() -> None:
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
     use()
     weight = model.bert.encoder.layer[1].attention.self.key.weight
-    for target in (weight, weight.data, model.bert.embeddings.LayerNorm.bias):
+    one_entry = weight[3, 5:6]  # not among those that are compared: the version tells
+    for target in (weight, weight.data, one_entry, model.bert.embeddings.LayerNorm.bias):
         with torch.no_grad():
             target.add_(1e-3)
         with pytest.raises(StalePrefixError, match="make a new CachedPrefix"):
@@ -407,8 +424,33 @@ def test_models_that_cannot_be_cached_are_refused(kind: str, message: str) -> No
     plain = Stack("plain")
     prefix = CachedPrefix(plain)
     prefix.fill([([0, 1], {"x": x})])
+    with prefix.using([1, 0]), pytest.raises(PrefixError, match=r"\(2, 3, 4\), got .*\(2, 2, 4\)"):
+        plain(x[:, :2])
     with prefix.using([1, 0]):
         torch.testing.assert_close(plain(x.flip(0)), plain.blocks[2](prefix_of(plain, x.flip(0))))
+
+
+class Indirect(nn.Module):
+    """Uses the weight of a child that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.inner.weight)
+
+
+def test_weights_of_modules_that_are_not_called_count() -> None:
+    """Hooks see no call of the child, only one of the block that holds it."""
+    model = Stack("plain")
+    model.blocks[0] = Indirect().requires_grad_(False)
+    prefix = CachedPrefix(model)
+    prefix.fill([([0], {"x": torch.ones(1, 3, 4)})])
+    with torch.no_grad():
+        model.blocks[0].inner.weight.mul_(2.0)
+    with pytest.raises(StalePrefixError), prefix.using([0]):
+        pass
 
 
 def prefix_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -224,7 +224,7 @@ class CachedPrefix:
     def _learn(self, inputs: Mapping[str, Any]) -> object:
         """Run the whole model; note the weights used on the way and what the blocks return."""
         above = {m for m in self._model.modules() if any(s is self._blocks for s in m.modules())}
-        called: dict[nn.Module, None] = dict.fromkeys(self._blocks[: self.depth])
+        called: dict[nn.Module, None] = {}
         done = False
         tuples: list[bool] = []
 
