@@ -131,6 +131,7 @@ def noise(
 ) -> None:
     """Laws of the injected noise for a model's layer shapes, from its config alone."""
     with _named_errors(debug=debug):
+        from lora_privacy.assess.tables import laws_text
         from lora_privacy.noise import laws_table, model_shapes
 
         shapes = model_shapes(config)
@@ -138,7 +139,7 @@ def noise(
         if as_json:
             typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
             return
-        typer.echo(_laws_as_text(rows))
+        typer.echo(laws_text(rows))
 
 
 def _column(text: str) -> str | int:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from lora_privacy.assess.tables import short_names
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -30,7 +32,6 @@ __all__ = [
     "plot_noise_ratio",
     "plot_quantiles",
     "plot_training",
-    "short_names",
 ]
 
 _STYLES = (("#1b4f8a", "o", "-"), ("#c8553d", "s", "--"), ("#4a4a4a", "^", ":"))
@@ -262,16 +263,3 @@ def _name_layers(ax: Axes, layers: Sequence[LayerNoise | LayerDynamics]) -> None
 
 def _legend_above(ax: Axes, columns: int) -> None:
     ax.legend(frameon=False, fontsize=7, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0))
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Drop the dotted parts that all ``names`` share, so that labels fit.
-
-    >>> short_names(["encoder.layer.0.query", "encoder.layer.1.value"])
-    ['0.query', '1.value']
-    """
-    parts = [name.split(".") for name in names]
-    if len(names) < 2 or len({len(part) for part in parts}) > 1:
-        return list(names)
-    varying = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
-    return [".".join(part[i] for i in varying) for part in parts] if varying else list(names)

@@ -6,14 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_privacy.assess.plots import short_names
+from lora_privacy.noise.shapes import JL_FAILURE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_privacy.assess.result import Assessment, MethodResult
+    from lora_privacy.noise import LawsRow
 
-__all__ = ["Table", "layer_table", "main_table", "number"]
+__all__ = ["Table", "laws_text", "layer_table", "main_table", "number", "short_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,60 @@ def layer_table(method: MethodResult) -> Table:
         for name, layer in zip(names, method.layers, strict=True)
     ]
     return Table(headings, tuple(rows))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Drop the dotted parts that all ``names`` share, so that labels fit.
+
+    >>> short_names(["encoder.layer.0.query", "encoder.layer.1.value"])
+    ['0.query', '1.value']
+    """
+    parts = [name.split(".") for name in names]
+    if len(names) < 2 or len({len(part) for part in parts}) > 1:
+        return list(names)
+    varying = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    return [".".join(part[i] for i in varying) for part in parts] if varying else list(names)
+
+
+def laws_text(rows: Sequence[LawsRow]) -> str:
+    """The laws of the noise for a model's shapes, as a Markdown table with what it means."""
+    headings = (
+        "layers",
+        "count",
+        "n × m",
+        "r",
+        "entry std / ‖q‖",
+        "excess kurtosis",
+        "entry TV",
+        "its proved bound",
+        "entry Kolmogorov",
+        "row TV",
+        "least distortion τ",
+    )
+    cells = tuple(
+        (
+            ", ".join(row.layers),
+            f"{row.count:,}",
+            f"{row.out_features:,} × {row.in_features:,}",
+            str(row.rank),
+            number(row.relative_std),
+            number(row.excess_kurtosis),
+            number(row.tv),
+            number(row.tv_bound),
+            number(row.kolmogorov),
+            number(row.joint_tv),
+            number(row.jl_distortion),
+        )
+        for row in rows
+    )
+    return (
+        Table(headings, cells).markdown()
+        + "\n\nFor Gaussian A and an entry of average size. TV is the total variation distance "
+        "to a\nGaussian of the same variance (0 to 1). τ: all rows of one gradient keep their "
+        f"norm within\n1 ± τ but for a probability of {JL_FAILURE:g}; from 1 on it bounds nothing "
+        "from below. Laws and\ndistances, no guarantee. Two rows or more are at distance 1 from "
+        "independent Gaussian noise\nat every rank."
+    )
 
 
 def _median(values: Sequence[float]) -> float:
