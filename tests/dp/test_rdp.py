@@ -32,7 +32,7 @@ from lora_privacy.errors import UnsupportedEventError
 OPACUS_ORDERS = tuple(float(a) for a in OpacusAccountant.DEFAULT_ALPHAS)
 # (z, p, α): whole and fractional orders, both sides of every switch in the code.
 DEFINITION_CASES = [
-    (0.04, 1e-3, 1.004),
+    (0.025, 1e-3, 1.001),
     (0.3, 1e-3, 1.01),
     (0.3, 0.5, 3.7),
     (0.5, 1e-7, 1.5),
