@@ -43,6 +43,44 @@ def test_centred_bound_matches_mpmath_and_is_rounded_up(rank: int) -> None:
     assert 1 <= ratio <= 1 + 2e-10
 
 
+@pytest.mark.parametrize(("rank", "rho"), [(64, 0.3), (1000, -0.2), (100_000, 0.45)])
+def test_mixture_bound_matches_its_proof(rank: int, rho: float) -> None:
+    """Oracle: each step of the proof (section 2.2) by quadrature, not by its closed form; 1e-8."""
+    with mp.workdps(25):
+        r, p = mp.mpf(rank), abs(mp.mpf(rho))
+        he3 = 2 * mp.quad(lambda x: abs(x**3 - 3 * x) * mp.npdf(x), [0, mp.sqrt(3), 8, 20])
+        he4 = 8 * mp.mpf("0.35007503760372954")
+        spread = mp.log(r / 2) - mp.digamma(r / 2)
+        a2 = 1 - p**2
+        variance_step = he4 / 4 * spread + (a2 * p / mp.sqrt(r)) * he3 / a2**1.5
+        smoothing = mp.quad(lambda u: (a2 + 2 * (1 - u) * p**2) ** mp.mpf(-1.5), [0, 1])
+        mean_step = (8 * p**3 / mp.sqrt(r) / 6) * he3 * smoothing
+        expected = float((variance_step + mean_step) / 2)
+    assert tv_bound(EntryNoise(rank, 1.0, rho)).value == pytest.approx(expected, rel=1e-8, abs=0)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 64])
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_entropy_bound_matches_its_definition(rank: int, variance: Variance) -> None:
+    """At |ρ| = 1 the bound is √(KL/2). Oracle: ∫ p ln(p/φ) of the χ² law by quadrature; 1e-7."""
+    law = stats.chi2(rank)
+    spread = math.sqrt(2 * rank if variance == "exact" else rank)
+
+    def term(z: float) -> float:  # x = z² tames the density at 0
+        x = z * z
+        gap = law.logpdf(x) - stats.norm.logpdf(x, rank, spread)
+        return 2 * z * law.pdf(x) * gap
+
+    top = math.sqrt(law.isf(1e-25))
+    kl = integrate.quad(term, 1e-12, top, points=[math.sqrt(rank)], epsabs=1e-12, limit=300)[0]
+    pinsker = math.sqrt(kl / 2)
+    if variance == "published":  # the other reading adds a distance instead of an entropy
+        assert tv_bound(EntryNoise(rank, 1.0, 1.0), variance).value <= pinsker * (1 + 1e-7)
+        return
+    bound = tv_bound(EntryNoise(rank, 1.0, 1.0), variance).value
+    assert bound == pytest.approx(pinsker, rel=1e-7, abs=0)
+
+
 @pytest.mark.parametrize("k", [0.5, 1.0, 3.5, 15.5, 16.0, 16.5, 1000.0, 5e5])
 def test_remainders_match_mpmath(k: float) -> None:
     """Oracle: mpmath at 50 digits; 1e-12 of what they are added to."""
