@@ -49,9 +49,11 @@ def odd_upper(rank: int, rho: mp.mpf, t: mp.mpf) -> mp.mpf:
         tail = mp.erfc(mp.sqrt(u))
         if rank == 3:
             tail += 2 * mp.sqrt(u / mp.pi) * mp.exp(-u)
-        return 2 * mp.npdf(w) * w ** (rank - 1) * tail
+        return 2 * mp.npdf(w) * w ** (rank - 1) * tail * scale
 
-    return mp.quad(integrand, [0, 0.25, 1, 4, 10, 20])
+    # mpmath's tolerance is absolute: bring the integral to the size of 1.
+    scale = mp.exp(t / (1 + rho))
+    return mp.quad(integrand, [0, 0.25, 1, 4, 10, 20]) / scale
 
 
 def upper_tail(rank: int, rho: float, x: float) -> mp.mpf:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         kl_to_gaussian,
         kolmogorov_to_gaussian,
         maximal_coupling,
-        tv_to_gaussian,
         tv_of_entries,
+        tv_to_gaussian,
     )
     from lora_privacy.noise.jl import jl_distortion, jl_failure, jl_probability
     from lora_privacy.noise.joint import joint_tv_to_gaussian, matrix_tv_to_gaussian

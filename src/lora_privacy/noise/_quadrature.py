@@ -183,7 +183,7 @@ def _sums(
     survey = np.arange(0.0, _REACH, _SURVEY_STEP)
     seen = np.abs(terms(survey))
     heavy = np.flatnonzero((seen > _NEGLIGIBLE * seen.max(axis=1, keepdims=True)).any(axis=0))
-    end = survey[min(heavy.max(initial=0) + 2, survey.size - 1)]
+    end = float(survey[min(int(heavy.max(initial=0)) + 2, survey.size - 1)])
     term = terms(np.arange(0.0, end, step))
     term[:, 0] *= 0.5
     # A range that is too short leaves a last term that counts: no sum then.
