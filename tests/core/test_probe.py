@@ -145,6 +145,7 @@ def test_gradient_sums_over_micro_batches_until_step() -> None:
         early = probe.records["first"].gradient
         kept = early.clone()
         losses[1](model).backward()
+        assert not torch.equal(probe.records["first"].gradient, kept)
         assert torch.equal(early, kept), "what was read must not change later"
         probe.step()
         assert probe.records == {}
