@@ -16,15 +16,25 @@ RANKS = [1, 2, 3, 8, 64, 1024]
 RHOS = [0.0, 0.3, -0.3, 0.99, 1.0]
 CASES = [(rank, rho) for rank in RANKS for rho in RHOS]
 DEPTHS = [0.4, 1e-10, 1e-100]
-SAMPLES = 5_000
+SAMPLES = 2_000
 
 
 def log_bessel_density(rank: int, rho: mp.mpf, t: mp.mpf) -> mp.mpf:
     """Gaunt's variance-gamma density of t = r(x + ρ), in mpmath."""
     nu, spread = mp.mpf(rank - 1) / 2, 1 - rho**2
-    bessel = mp.besselk(nu, abs(t) / spread)
     constant = mp.log(mp.pi * spread) / 2 + mp.loggamma(mp.mpf(rank) / 2)
-    return nu * mp.log(abs(t) / 2) + rho * t / spread + mp.log(bessel) - constant
+    return nu * mp.log(abs(t) / 2) + rho * t / spread + log_k(rank, abs(t) / spread) - constant
+
+
+def log_k(rank: int, z: mp.mpf) -> mp.mpf:
+    """Logarithm of K_(rank-1)/2: the finite sum of DLMF 10.49.12 for even rank, else mpmath's."""
+    if rank % 2:
+        return mp.log(mp.besselk(mp.mpf(rank - 1) / 2, z))
+    n, term, total = rank // 2 - 1, mp.mpf(1), mp.mpf(1)
+    for j in range(n):
+        term *= mp.mpf((n + j + 1) * (n - j)) / ((j + 1) * 2 * z)
+        total += term
+    return mp.log(mp.pi / (2 * z)) / 2 - z + mp.log(total)
 
 
 def even_upper(rank: int, rho: mp.mpf, t: mp.mpf) -> mp.mpf:
@@ -104,7 +114,7 @@ def test_lower_tail_matches_mpmath(rank: int, rho: float, depth: float) -> None:
 @pytest.mark.parametrize(("rank", "rho"), CASES)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_density_matches_mpmath(rank: int, rho: float, depth: float) -> None:
-    """Oracle: K_ν of mpmath at 40 digits, or the gamma density at ρ = 1; 1e-10 relative."""
+    """Oracle: K_ν at 40 digits, or the gamma density at ρ = 1; 1e-10 relative."""
     law = EntryNoise(rank, 1.0, rho)
     for x in (float(law.isf(depth)), max(float(law.ppf(depth)), -1 + 1e-6)):
         with mp.workdps(40):
@@ -173,24 +183,23 @@ def test_ends_of_the_quantile_function() -> None:
 
 @pytest.mark.parametrize(("rank", "rho"), CASES)
 def test_law_matches_its_definition(rank: int, rho: float) -> None:
-    """KS at level 1e-4 on draws of q (AᵀA - I) itself; a law 25 % too wide must be rejected."""
+    """KS at level 1e-4 on draws of q (AᵀA - I) itself; a law 40 % too wide must be rejected."""
     rng = np.random.default_rng(20240917)
     q = np.array([rho, math.sqrt(1 - rho**2)])
-    draws = SAMPLES if rank < 1000 else 1500
+    draws = SAMPLES if rank < 1000 else SAMPLES // 2
     a = rng.standard_normal((draws, rank, 2)) / math.sqrt(rank)
     noise = np.einsum("ski,skj,j->si", a, a, q)[:, 0] - rho
     law = EntryNoise(rank, 1.0, rho)
     assert stats.kstest(noise, law.cdf).pvalue > 1e-4
-    width = 1.25 if draws == SAMPLES else 1.6
-    assert stats.kstest(noise, lambda x: law.cdf(x / width)).pvalue < 1e-4
+    assert stats.kstest(noise, lambda x: law.cdf(x / 1.4)).pvalue < 1e-4
 
 
 @pytest.mark.parametrize(("rank", "rho"), [(1, 0.0), (8, -0.4), (8, 1.0)])
 def test_own_draws_match_the_cdf(rank: int, rho: float) -> None:
     """KS at level 1e-4 on rvs; the mirrored law must be rejected where it differs."""
     law = EntryNoise(rank, 5.0, 5.0 * rho)
-    noise = law.rvs((100, 200), np.random.default_rng(5))
-    assert noise.shape == (100, 200)
+    noise = law.rvs((20, 100), np.random.default_rng(5))
+    assert noise.shape == (20, 100)
     assert stats.kstest(noise.ravel(), law.cdf).pvalue > 1e-4
     if rho:
         assert stats.kstest(-noise.ravel(), law.cdf).pvalue < 1e-4

@@ -138,7 +138,7 @@ def test_one_row_looks_gaussian_and_pooled_draws_do_not() -> None:
     A histogram over the entries of one row passes a Gaussian test with the fitted scale and fails
     the true marginal law; an entry pooled over draws of A does the reverse.
     """
-    q = np.ones(3_000) / math.sqrt(3_000)
+    q = np.ones(1_500) / math.sqrt(1_500)
     a = np.random.default_rng(8).standard_normal(q.size)
     s = float((a @ q) ** 2)
     row = (a @ q) * a - q
