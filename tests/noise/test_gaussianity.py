@@ -139,6 +139,20 @@ def test_kl_of_a_single_input_is_that_of_chi_square(rank: int) -> None:
     assert kl_to_gaussian(law, "published").value == pytest.approx(published, rel=1e-11, abs=0)
 
 
+@pytest.mark.parametrize("digits", [9, 10, 11, 12])
+def test_kl_keeps_its_error_at_the_spike(digits: int) -> None:
+    """At rank 1 KL nears its limit as .8202416 √(1 − ρ), the constant read off at ρ = 1 − 1e-8.
+
+    The density has a pole as narrow as 1 − ρ; the stated error must cover what that costs.
+    """
+    limit = kl_to_gaussian(EntryNoise(1, 1.0, 1.0)).value
+    reference = limit - kl_to_gaussian(EntryNoise(1, 1.0, 1.0 - 1e-8)).value
+    near = kl_to_gaussian(EntryNoise(1, 1.0, 1.0 - 10.0**-digits))
+    expected = reference * 10 ** ((8 - digits) / 2)
+    assert abs(limit - near.value - expected) <= near.error + 1e-4 * expected
+    assert near.error < 1e-6
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3, 8, 1000])
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_single_input_equals_the_joint_distance(rank: int, variance: Variance) -> None:

@@ -24,10 +24,10 @@ from lora_privacy.noise.entry import EntryNoise
 __all__ = [
     "Distance",
     "Variance",
+    "describe",
     "kl_to_gaussian",
     "kolmogorov_to_gaussian",
     "maximal_coupling",
-    "reference_std",
     "require_entry_noise",
     "tv_of_entries",
     "tv_to_gaussian",
@@ -43,7 +43,9 @@ _DEGREE = 16
 _MAX_HALVINGS = 30
 # At most 1/0.15² = 44 entries of a row can have a larger |ρ|; those are computed one by one.
 _INTERPOLATE_BELOW = 0.15
-_KL_RTOL = 1e-9
+# Two quadrature rules must agree to this, and the difference is reported. Typical is 1e-13; the
+# spike of rank 1 at ρ = 1 − 1e-12, and values of 1e-14 at rank 10⁷, reach 1e-8.
+_KL_RTOL = 1e-7
 _COUPLING_BATCH = 1 << 18
 
 
@@ -88,7 +90,7 @@ def kl_to_gaussian(law: EntryNoise, variance: Variance = "exact") -> Distance:
     law lacks. Arguments as in :func:`tv_to_gaussian`.
 
     Raises:
-        ConvergenceError: Two quadrature rules differ by more than 1e-9 relative.
+        ConvergenceError: Two quadrature rules differ by more than 1e-7 relative.
     """
     rho, _ = _normalised(law, variance)
     value, error = _entry_kl(law.rank, rho)
@@ -193,11 +195,6 @@ def maximal_coupling(
     return x * sign * law.norm, y * sign * law.norm
 
 
-def reference_std(law: EntryNoise, variance: Variance) -> float:
-    """Standard deviation of the Gaussian that ``law`` is compared with, in the law's unit."""
-    return _normalised(law, variance)[1] * law.norm
-
-
 def require_entry_noise(law: object) -> EntryNoise:
     """Return ``law`` if it is an :class:`EntryNoise`.
 
@@ -207,8 +204,8 @@ def require_entry_noise(law: object) -> EntryNoise:
     if not isinstance(law, EntryNoise):
         raise UnsupportedLawError(
             f"an exact distance needs EntryNoise, the law under a Gaussian A, got "
-            f"{type(law).__name__}. A sample has no density: use EmpiricalNoise.cdf with its DKW "
-            "band for a Kolmogorov distance, or EntryNoise(rank, norm, coord) for a Gaussian A."
+            f"{type(law).__name__}. A sample has no density: use EmpiricalNoise.cdf with its "
+            "band() for a Kolmogorov distance, or EntryNoise(rank, norm, coord) for a Gaussian A."
         )
     return law
 
@@ -298,13 +295,13 @@ def _entry_kl(rank: int, rho: float) -> tuple[float, float]:
     edges = _kl_panels(rho, std, rank)
     fine, coarse = (_kl_sum(edges, nodes, rank, rho, std) for nodes in (20, 14))
     error = abs(fine - coarse)
-    if not error <= _KL_RTOL * fine:
+    if not error <= _KL_RTOL * fine + 1e-20:
         raise ConvergenceError(
             f"KL at rank={rank}, ρ={rho:.17g} must be accurate to {_KL_RTOL:g} relative, got "
             f"{error / fine:.1e}; please report this law."
         )
     # h itself is known to about 1e-14, so the integrand, h²/2, to 1e-14·h.
-    return fine, error + 1e-14 * math.sqrt(2.0 * fine) + 1e-12 * fine
+    return fine, 4.0 * error + 1e-14 * math.sqrt(2.0 * fine) + 1e-12 * fine
 
 
 def _kl_panels(rho: float, std: float, rank: int) -> Array:
