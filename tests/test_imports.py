@@ -82,14 +82,19 @@ def test_public_names_of_dp() -> None:
     """The list is a contract: a change here is a change for users."""
     dp = importlib.import_module("lora_privacy.dp")
     assert set(dp.__all__) == {
+        "Accountant",
         "Adjacency",
         "Aggregation",
+        "Calibration",
         "Event",
         "GaussianEvent",
         "ImpliedPrivacy",
         "PrivacyBound",
         "RdpAccountant",
         "SampledGaussian",
+        "calibrate",
+        "calibrate_rank",
+        "calibrate_steps",
         "event_rdp",
         "implied_noise_multiplier",
         "implied_privacy",

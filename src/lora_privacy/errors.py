@@ -2,6 +2,8 @@
 
 __all__ = [
     "AlreadyAdaptedError",
+    "AttestationError",
+    "CalibrationError",
     "ConvergenceError",
     "DataError",
     "FolderInUseError",
@@ -29,6 +31,14 @@ class ConvergenceError(LoraPrivacyError):
 
 class UnsupportedEventError(LoraPrivacyError):
     """An accountant was handed an event it has no proof for."""
+
+
+class CalibrationError(LoraPrivacyError):
+    """No searched value meets the privacy target, or all of them do; the message says which."""
+
+
+class AttestationError(LoraPrivacyError):
+    """An optimizer did not show that this step is the event that the accountant would charge."""
 
 
 class UnsupportedLawError(LoraPrivacyError):

@@ -1,0 +1,192 @@
+"""Calibration: every answer is certified, checked by a peer's accountant, and nearly the least."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import privacy_loss_distribution as peer_pld
+from dp_accounting.rdp import rdp_privacy_accountant as peer_rdp
+
+from lora_privacy.dp import (
+    Calibration,
+    GaussianEvent,
+    RdpAccountant,
+    SampledGaussian,
+    calibrate,
+    calibrate_rank,
+    calibrate_steps,
+)
+from lora_privacy.dp.calibration import _round_up
+from lora_privacy.errors import CalibrationError, UnsupportedEventError
+
+# (ε, δ, steps, sampling rate)
+TARGETS = [(2.0, 1e-5, 1000, 0.01), (8.0, 1e-6, 100, 0.1), (0.5, 1e-8, 1, 1.0)]
+
+
+def peer_pld_epsilon(z: float, p: float, steps: int, delta: float, *, upper: bool) -> float:
+    """dp-accounting's pessimistic or optimistic ε from privacy-loss distributions."""
+    one = peer_pld.from_gaussian_mechanism(
+        z, sampling_prob=p, pessimistic_estimate=upper, value_discretization_interval=1e-3
+    )
+    return one.self_compose(steps).get_epsilon_for_delta(delta)
+
+
+def peer_rdp_epsilon(z: float, p: float, steps: int, delta: float) -> float:
+    """dp-accounting's ε from Rényi divergences, on a dense grid of orders."""
+    orders = [1 + 1.02**k / 50 for k in range(400)]
+    accountant = peer_rdp.RdpAccountant(orders)
+    one = PoissonSampledDpEvent(p, GaussianDpEvent(z)) if p < 1 else GaussianDpEvent(z)
+    return accountant.compose(SelfComposedDpEvent(one, steps)).get_epsilon(delta)
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "steps", "rate"), TARGETS)
+def test_the_noise_meets_the_target_and_two_percent_less_does_not(
+    epsilon: float, delta: float, steps: int, rate: float
+) -> None:
+    """Oracle: dp-accounting. Its pessimistic PLD at z is under the target; its RDP at 0.98 z not.
+
+    The tolerance that the search claims, 1e-4 of z, is checked with our own accountant.
+    """
+    found = calibrate(
+        lambda z: SampledGaussian(z, rate), epsilon=epsilon, delta=delta, steps=steps
+    )
+    z = found.value
+    assert found.bound.epsilon <= epsilon
+    assert peer_pld_epsilon(z, rate, steps, delta, upper=True) <= epsilon
+    assert peer_rdp_epsilon(0.98 * z, rate, steps, delta) > epsilon
+    again = RdpAccountant().compose(SampledGaussian(z, rate), steps).epsilon(delta)
+    assert again == found.bound, "the certificate must be about the value returned"
+    less = RdpAccountant().compose(SampledGaussian(z * (1 - 1.2e-4), rate), steps)
+    assert less.epsilon(delta).epsilon > epsilon
+    assert float(f"{z:.5g}") == z
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "rate"), [(2.0, 1e-5, 0.01), (8.0, 1e-6, 0.1)])
+def test_one_step_more_misses_the_target(epsilon: float, delta: float, rate: float) -> None:
+    """Oracle: dp-accounting. Its pessimistic PLD is under the target; its RDP 2 % later is not."""
+    event = SampledGaussian(1.0, rate)
+    found = calibrate_steps(event, epsilon=epsilon, delta=delta)
+    steps = found.value
+    assert isinstance(steps, int)
+    assert found.bound == RdpAccountant().compose(event, steps).epsilon(delta)
+    assert RdpAccountant().compose(event, steps + 1).epsilon(delta).epsilon > epsilon
+    assert peer_pld_epsilon(1.0, rate, steps, delta, upper=True) <= epsilon
+    assert peer_rdp_epsilon(1.0, rate, math.ceil(1.02 * steps), delta) > epsilon
+
+
+def test_a_rank_is_the_largest_that_meets_or_the_largest_allowed() -> None:
+    """On a family whose ε grows with the rank: Gaussian noise that falls with it."""
+
+    def event_of(rank: int) -> GaussianEvent:
+        return GaussianEvent(20 / math.sqrt(rank))
+
+    def epsilon_at(rank: int) -> float:
+        return RdpAccountant().compose(event_of(rank), 10).epsilon(1e-5).epsilon
+
+    target = {"epsilon": 2.0, "delta": 1e-5, "steps": 10}
+    found = calibrate_rank(event_of, max_rank=4096, **target)
+    assert epsilon_at(found.value) <= 2.0 < epsilon_at(found.value + 1)
+    assert calibrate_rank(event_of, max_rank=3, **target).value == 3
+    with pytest.raises(CalibrationError, match="Rank 1 already misses the target"):
+        calibrate_rank(lambda _: GaussianEvent(0.1), max_rank=4, **target)
+
+
+def test_what_is_spent_already_counts() -> None:
+    """The search spends what is left, under the accountant's own adjacency."""
+    half = RdpAccountant().compose(GaussianEvent(3.0))
+    target = {"epsilon": 2.0, "delta": 1e-5, "steps": 10}
+    fresh = calibrate(GaussianEvent, **target)
+    after = calibrate(GaussianEvent, accountant=half, **target)
+    assert after.value > fresh.value
+    assert after.bound == half.compose(GaussianEvent(after.value), 10).epsilon(1e-5)
+    exchanged = calibrate(GaussianEvent, accountant=RdpAccountant("replace"), **target)
+    assert exchanged.bound.adjacency == "replace"
+    assert exchanged.value == pytest.approx(2 * fresh.value, rel=2e-4, abs=0)
+    with pytest.raises(CalibrationError, match="nothing is left"):
+        calibrate(GaussianEvent, accountant=half.compose(GaussianEvent(0.5)), **target)
+
+
+def test_targets_out_of_reach_say_why() -> None:
+    """Both ends, for noise and for steps; the ε at the end is in the message."""
+
+    def sampled(z: float) -> SampledGaussian:
+        return SampledGaussian(z, 0.01)
+
+    with pytest.raises(CalibrationError, match=r"up to 1e\+06 .* proves ε = 3\.7.* not 1e-07"):
+        calibrate(sampled, epsilon=1e-7, delta=1e-9, steps=10**6)
+    with pytest.raises(CalibrationError, match=r"noise multiplier of 0\.01"):
+        calibrate(sampled, epsilon=1e9, delta=1e-5, steps=1)
+    with pytest.raises(CalibrationError, match=r"One release of .* misses the target"):
+        calibrate_steps(GaussianEvent(0.1), epsilon=1.0, delta=1e-5)
+    with pytest.raises(CalibrationError, match="the number of steps is not what limits"):
+        calibrate_steps(GaussianEvent(1e6), epsilon=1.0, delta=1e-5)
+    # e^1500 is beyond what the Rényi accountant holds: no ε at all, with its reason.
+    with pytest.raises(CalibrationError, match="no ε is proved at δ"):
+        calibrate_steps(GaussianEvent(1e-160), epsilon=1.0, delta=1e-5)
+
+
+def test_a_family_that_is_not_monotone_gives_no_certificate() -> None:
+    """An event that turns worse when it is looked at again is caught by the certificate."""
+    calls: Iterator[int] = itertools.count()
+
+    def moody(z: float) -> GaussianEvent:
+        return GaussianEvent(z if next(calls) < 20 else 0.01)
+
+    with pytest.raises(CalibrationError, match="must not grow with the noise"):
+        calibrate(moody, epsilon=1.0, delta=1e-5, steps=1)
+    bound = RdpAccountant().compose(GaussianEvent(1.0)).epsilon(1e-5)
+    with pytest.raises(ValueError, match="must certify"):
+        Calibration(quantity="steps", value=1, target=1.0, bound=bound)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"epsilon": 0.0}, ValueError, "epsilon must be positive"),
+        ({"epsilon": math.nan}, ValueError, "epsilon must be positive"),
+        ({"epsilon": math.inf}, ValueError, "epsilon must be positive"),
+        ({"delta": 0.0}, ValueError, "delta must lie in"),
+        ({"delta": 1.0}, ValueError, "delta must lie in"),
+        ({"delta": math.nan}, ValueError, "delta must lie in"),
+        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer"),
+        ({"accountant": RdpAccountant("replace")}, UnsupportedEventError, "no proof for Sampled"),
+    ],
+)
+def test_bad_targets_are_refused(
+    change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    """NaN never passes, and an event without a proof stays without one."""
+    target = {"epsilon": 1.0, "delta": 1e-5, "steps": 10, **change}
+    with pytest.raises(error, match=message):
+        calibrate(lambda z: SampledGaussian(z, 0.1), **target)
+
+
+def test_a_calibration_can_be_quoted() -> None:
+    """JSON keeps whole numbers whole; the text holds the value, the target and the bound."""
+    found = calibrate_steps(GaussianEvent(10.0), epsilon=1.0, delta=1e-5)
+    stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert stored["quantity"] == "steps"
+    assert stored["value"] == found.value
+    assert isinstance(stored["value"], int)
+    assert stored["bound"]["kind"] == "guarantee"
+    assert str(found).startswith(f"steps = {found.value} meets ε ≤ 1.0: (")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1.0, 1.0),
+        (1.00001, 1.0001),
+        (123456.0, 123460.0),
+        (0.00123451, 0.0012346),
+        (9.99999, 10.0),
+    ],
+)
+def test_noise_is_rounded_up_to_five_digits(value: float, expected: float) -> None:
+    """Never below the value that met the target."""
+    assert _round_up(value) == expected
+    assert _round_up(value) >= value
