@@ -7,17 +7,13 @@ import operator
 def inside(name: str, value: float, low: float, high: float, hint: str = "") -> None:
     """Raise ValueError unless ``low < value < high``; NaN fails every comparison, so it raises."""
     if not low < value < high:
-        raise ValueError(
-            f"{name} must lie in ({low:g}, {high:g}), got {value!r}. {hint}".rstrip()
-        )
+        raise ValueError(f"{name} must lie in ({low:g}, {high:g}), got {value!r}. {hint}".rstrip())
 
 
 def between(name: str, value: float, low: float, high: float, hint: str = "") -> None:
     """Raise ValueError unless ``low <= value <= high``, both ends allowed; NaN raises."""
     if not low <= value <= high:
-        raise ValueError(
-            f"{name} must lie in [{low:g}, {high:g}], got {value!r}. {hint}".rstrip()
-        )
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}. {hint}".rstrip())
 
 
 def positive(name: str, value: float, hint: str = "") -> None:
@@ -27,7 +23,12 @@ def positive(name: str, value: float, hint: str = "") -> None:
 
 
 def integer(name: str, value: int, low: int, hint: str = "") -> int:
-    """Return ``value`` as an int; TypeError unless it is a whole number type, ValueError below ``low``."""
+    """Return ``value`` as an int, at least ``low``.
+
+    Raises:
+        TypeError: It is no integer type; a bool or a float such as 2.0 is none.
+        ValueError: It is below ``low``.
+    """
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}. {hint}".rstrip())
     try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lora_privacy.assess.config import Method
     from lora_privacy.core import Adapter, GradientRecord
-    from lora_privacy.laws import EntryLaw
+    from lora_privacy.laws import LawName
 
     Array = npt.NDArray[np.float64]
 
@@ -203,8 +203,8 @@ class NoiseMeter:
         self, name: str, adapter: Adapter, rows: Array, draws: int, seed: int, row_index: int
     ) -> tuple[Array, EntryCheck]:
         """Energies of the noise of ``rows`` and the first row's middle entry, over fresh A."""
-        law = adapter.law
-        if law.name == "unknown":
+        law = adapter.law.name
+        if law == "unknown":
             raise ValueError(
                 f"the law of A at {name} is unknown, so no fresh A can be drawn; adapt the model "
                 "with a named law."
@@ -212,7 +212,7 @@ class NoiseMeter:
         projection = RandomProjection(
             adapter.rank,
             adapter.in_features,
-            law.name,
+            law,
             seed=seed,
             layer=f"check of {name}, {self._method}",  # draws of their own for every method
         )
@@ -228,7 +228,7 @@ class NoiseMeter:
 
     def _entry(
         self,
-        law: EntryLaw,
+        law: LawName,
         adapter: Adapter,
         row: Array,
         row_index: int,
@@ -237,16 +237,16 @@ class NoiseMeter:
         seed: int,
     ) -> EntryCheck:
         norm = float(np.linalg.norm(row))
-        if law.name == "gaussian":
+        level = _BAND_LEVEL / len(self._last)
+        if law == "gaussian":
             stated = EntryNoise(adapter.rank, norm, float(row[column]))
             reference = "exact"
         else:
             stated = EmpiricalNoise(
-                law.name, adapter.rank, row, column, 10 * len(values), np.random.default_rng(seed)
+                law, adapter.rank, row, column, 10 * len(values), np.random.default_rng(seed)
             )
             reference = "simulated"
-        # Both sides are empirical when the stated law is simulated: two bands add up.
-        level = _BAND_LEVEL / len(self._last)
+            level /= 2  # both sides are empirical: two bands, at half the level each, add up
         band = math.sqrt(math.log(2 / level) / (2 * len(values)))
         if reference == "simulated":
             band *= 1 + math.sqrt(0.1)

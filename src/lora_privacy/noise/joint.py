@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+from scipy import special
 
 from lora_privacy import _validate
 from lora_privacy.errors import ConvergenceError, NonFiniteError
@@ -198,8 +198,9 @@ def _log_density(y: Array, rank: int, perpendicular: int, along: float) -> tuple
 
 def _panels(rank: int, perpendicular: int, along: float) -> Array:
     """Edges in y = ln S: geometric about S = 1, and at the kinks, where the threshold is 0."""
-    low = math.log(float(stats.chi2.ppf(_TAIL_MASS, rank)) / rank)
-    high = math.log(float(stats.chi2.isf(_TAIL_MASS, rank)) / rank)
+    # Quantiles of χ²; scipy.stats would cost a second of imports for these two.
+    low = math.log(2.0 * float(special.gammaincinv(rank / 2.0, _TAIL_MASS)) / rank)
+    high = math.log(2.0 * float(special.gammainccinv(rank / 2.0, _TAIL_MASS)) / rank)
     # The χ² functions turn over within |y| ~ m^-1/2, the density of S within r^-1/2; with the
     # exact covariance the threshold moves as 1/(r y), hence the small innermost panel.
     scale = 1.0 / math.sqrt(max(rank, perpendicular, 1))
