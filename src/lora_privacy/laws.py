@@ -1,13 +1,22 @@
-"""The laws that the entries of A can have: name, variance and kurtosis."""
+"""The laws that the entries of A can have: name, variance, kurtosis, and effect on a norm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
 from lora_privacy import _validate
 
-__all__ = ["LAW_NAMES", "EntryLaw", "LawName", "entry_law", "peft_default_law"]
+__all__ = [
+    "LAW_NAMES",
+    "EntryLaw",
+    "LawName",
+    "distortion_probability",
+    "entry_law",
+    "peft_default_law",
+]
 
 LawName = Literal["gaussian", "uniform", "rademacher", "orthonormal"]
 LAW_NAMES: tuple[LawName, ...] = get_args(LawName)
@@ -71,3 +80,17 @@ def peft_default_law(in_features: int) -> EntryLaw:
     """
     in_features = _validate.integer("in_features", in_features, 1)
     return EntryLaw("uniform", 1.0 / (3.0 * in_features), 9.0 / 5.0)
+
+
+def distortion_probability(rank: int, distortion: float) -> float:
+    """P[‖Ax‖/‖x‖ outside [1-τ, 1+τ]] for one fixed x and A i.i.d. N(0, 1/rank).
+
+    The two tails of ‖Ax‖²/‖x‖² ~ χ²_rank / rank, each on its own; about 1e-13 relative accuracy.
+
+    Args:
+        rank: Rows of A, at least 1.
+        distortion: τ >= 0, dimensionless; from τ = 1 on the lower tail is empty.
+    """
+    half = rank / 2.0
+    short = float(special.gammainc(half, half * max(0.0, 1.0 - distortion) ** 2))
+    return short + float(special.gammaincc(half, half * (1.0 + distortion) ** 2))

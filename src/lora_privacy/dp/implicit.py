@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
 from lora_privacy import _validate
 from lora_privacy.dp.events import SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
 from lora_privacy.dp.result import AGGREGATIONS, Aggregation, ImpliedPrivacy
+from lora_privacy.laws import distortion_probability
 
 __all__ = ["implied_noise_multiplier", "implied_privacy"]
 
@@ -131,7 +130,9 @@ def implied_privacy(
         )
         for rows, rank in shapes
     ]
-    per_step = batch * sum(rows * _distorted(rank, distortion) for rows, rank in shapes)
+    per_step = batch * sum(
+        rows * distortion_probability(rank, distortion) for rows, rank in shapes
+    )
     if distortion >= 1:
         multiplier, epsilon = 0.0, math.inf
         reason = (
@@ -159,14 +160,6 @@ def implied_privacy(
         references=_REFERENCES,
         reason=reason,
     )
-
-
-def _distorted(rank: int, distortion: float) -> float:
-    """P[‖Ax‖/‖x‖ outside [1-τ, 1+τ]] for a fixed x and Gaussian A: ‖Ax‖²/‖x‖² ~ χ²_r/r."""
-    half = rank / 2
-    short = float(special.gammainc(half, half * max(0.0, 1 - distortion) ** 2))
-    long = float(special.gammaincc(half, half * (1 + distortion) ** 2))
-    return short + long
 
 
 def _check_distortion(distortion: float) -> None:

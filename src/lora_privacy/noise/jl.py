@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
 from lora_privacy import _validate
+from lora_privacy.laws import distortion_probability
 
 __all__ = ["jl_distortion", "jl_failure", "jl_probability"]
 
-# gammainc is accurate to about 1e-13 relative; what leaves as a bound is moved by more than that.
+# The tails are accurate to about 1e-13 relative; what leaves as a bound moves by more than that.
 _MARGIN = 1e-12
 _DISTORTION_RTOL = 1e-13
 
@@ -41,7 +40,7 @@ def jl_failure(rank: int, distortion: float, vectors: int = 1) -> float:
     rank = _validate.integer("rank", rank, 1)
     vectors = _validate.integer("vectors", vectors, 1)
     _validate.between("distortion", distortion, 0.0, math.inf, "It is τ in (1 ± τ)‖x‖.")
-    return min(1.0, vectors * _one(rank, distortion) * (1.0 + _MARGIN))
+    return min(1.0, vectors * distortion_probability(rank, distortion) * (1.0 + _MARGIN))
 
 
 def jl_probability(rank: int, distortion: float, vectors: int = 1) -> float:
@@ -85,10 +84,3 @@ def jl_distortion(rank: int, failure: float, vectors: int = 1) -> float:
         else:
             low = middle
     return high
-
-
-def _one(rank: int, distortion: float) -> float:
-    """Failure for one vector: the two tails of χ²_rank."""
-    half = rank / 2.0
-    short = float(special.gammainc(half, half * max(0.0, 1.0 - distortion) ** 2))
-    return short + float(special.gammaincc(half, half * (1.0 + distortion) ** 2))
