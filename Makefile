@@ -8,14 +8,15 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format types layers unit bench reproduce-sst2 reproduce-e2e clean help
+.PHONY: demo test lint format types layers unit bench clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(STAMPS)/install $(STAMPS)/demo-model  ## fine-tune, measure and report on the embedded default
-	@echo "== assessing LoRA, LoRA-FA and FLoRA on the embedded default (a few minutes on two cores)"
-	$(BIN)/lora-privacy assess --output reports/demo --overwrite
+	@echo "== assessing LoRA, LoRA-FA and FLoRA on the embedded default (a few minutes on two cores;"
+	@echo "   a finished run is only rendered again, make clean forgets it)"
+	$(BIN)/lora-privacy assess --output reports/demo --last-layers 2 --resume --overwrite
 	@echo "== the report is reports/demo/report.html, its numbers are reports/demo/report.json"
 
 test: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm lint types layers unit  ## everything that CI checks
@@ -44,6 +45,7 @@ format: $(STAMPS)/dev  ## rewrite the code in the house format
 bench: $(STAMPS)/dev $(STAMPS)/demo-model  ## benchmarks: ratios with intervals, not part of CI
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probe.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/laws.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rdp.py
 
 clean:  ## remove the virtual environment and all reports
 	rm -rf $(VENV) reports

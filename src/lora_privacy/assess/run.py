@@ -50,7 +50,8 @@ def assess(
         config: What to run.
         output: Folder for report.json, report.html and the figures.
         resume: Take up the finished methods of an earlier run with the same settings.
-        overwrite: Replace what another run left in ``output``.
+        overwrite: Replace what another run left in ``output``; with ``resume``, only a run with
+            other settings.
 
     Raises:
         FolderInUseError: ``output`` holds another run.
