@@ -2,18 +2,343 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
+import torch
+from opacus.accountants import (  # pyright: ignore[reportMissingTypeStubs]
+    IAccountant,
+    create_accountant,
+    register_accountant,
+)
 from opacus.accountants import (  # pyright: ignore[reportMissingTypeStubs]
     RDPAccountant as OpacusRdpAccountant,
 )
+from opacus.optimizers import DPOptimizer  # pyright: ignore[reportMissingTypeStubs]
 
+from lora_privacy.dp.attestation import (
+    AttestedLedger,
+    ProjectionAttestation,
+    checked_history,
+    checked_layers,
+)
+from lora_privacy.dp.calibration import Accountant
 from lora_privacy.dp.events import SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
-from lora_privacy.dp.result import ImpliedPrivacy
-from lora_privacy.errors import UnsupportedEventError
+from lora_privacy.dp.result import ImpliedPrivacy, PrivacyBound
+from lora_privacy.errors import AttestationError, UnsupportedEventError
 
-__all__ = ["to_opacus"]
+__all__ = [
+    "ProjectedOpacusAccountant",
+    "ProjectionAttestation",
+    "SampledOpacusAccountant",
+    "projection_digest",
+    "register",
+    "register_projected",
+    "to_opacus",
+]
+
+History = list[tuple[float, float, int]]
+EventOf = Callable[[float, float], object]
+
+
+def register() -> None:
+    """Make ``PrivacyEngine(accountant="pld")`` account by ``PldAccountant``, for any Opacus run.
+
+    Registering twice does nothing the second time.
+
+    Raises:
+        ValueError: Opacus has another accountant named ``"pld"``.
+    """
+    from lora_privacy.dp.pld import PldAccountant
+
+    _register("pld", functools.partial(SampledOpacusAccountant, "pld", PldAccountant()))
+
+
+def register_projected(name: str, layers: Sequence[tuple[int, int]]) -> None:
+    """Make ``PrivacyEngine(accountant=name)`` account each step as a ``ProjectedGaussian``.
+
+    Its step hook refuses every optimizer that does not attest a fresh A at this step; see
+    ``ProjectedOpacusAccountant``. Registering the same again does nothing.
+
+    Args:
+        name: Any name that Opacus does not use.
+        layers: ``(in_features, rank)`` of every trained layer.
+
+    Raises:
+        ValueError: ``layers`` is malformed, or Opacus has another accountant of this name.
+    """
+    from lora_privacy.dp.pld import PldAccountant
+    from lora_privacy.dp.projected import ProjectedGaussian
+
+    shapes = checked_layers(layers)
+
+    def event_of(noise_multiplier: float, sample_rate: float) -> ProjectedGaussian:
+        return ProjectedGaussian(
+            layers=shapes, noise_multiplier=noise_multiplier, sample_rate=sample_rate
+        )
+
+    event_of(1.0, 1.0)  # refuses layers that the proof does not cover, before any run
+    make = functools.partial(ProjectedOpacusAccountant, name, shapes, PldAccountant(), event_of)
+    _register(name, make)
+
+
+class SampledOpacusAccountant(IAccountant):
+    """Opacus accountant whose ε is proved by one of ours, from Poisson-sampled Gaussian steps.
+
+    What it cannot see it states as an assumption of the bound: with
+    ``make_private(poisson_sampling=False)`` Opacus reports the same steps, and the bound is void.
+
+    Args:
+        name: Name it is registered under.
+        empty: What proves ε, before any release.
+
+    Attributes:
+        history: ``[(noise multiplier, sampling rate, steps), …]``, as in Opacus. Its
+            ``get_noise_multiplier`` writes it, to plan a run.
+    """
+
+    def __init__(self, name: str, empty: Accountant) -> None:
+        self._name = name
+        self._empty = empty
+        self.history: History = []
+
+    def __len__(self) -> int:
+        """Steps so far."""
+        return sum(count for _, _, count in self.history)
+
+    def mechanism(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The registered name. A method of the object, which is all that Opacus asks for."""
+        return self._name
+
+    def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
+        """Charge one step; ValueError where it has no noise or a rate outside (0, 1]."""
+        event = SampledGaussian(noise_multiplier, sample_rate)
+        z, p, count = event.noise_multiplier, event.sample_rate, 1
+        if self.history and tuple(self.history[-1][:2]) == (z, p):
+            count += self.history.pop()[2]
+        self.history.append((z, p, count))
+
+    def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[DPOptimizer], None]:
+        """Hook that charges a step once its noise is added, before the weights move."""
+
+        def hook(optimizer: DPOptimizer) -> None:
+            _refuse_accumulation(optimizer)
+            self.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=sample_rate)
+
+        return hook
+
+    def bound(self, delta: float) -> PrivacyBound:
+        """What is proved of the history at ``delta``, with its assumptions and sources."""
+        return _prove(self._empty, SampledGaussian, self.history, delta)
+
+    # A misspelt parameter must not vanish, so there is no **kwargs.
+    def get_epsilon(self, delta: float) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """ε of ``bound(delta)``, in nats."""
+        return self.bound(delta).epsilon
+
+    def state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, destination: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """History and name, in plain Python types."""
+        return _fill(destination, history=checked_history(self.history), mechanism=self._name)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take over a state; ValueError unless it is one of ours and nothing was charged yet."""
+        _check_state(state_dict, {"history"}, self)
+        self.history = checked_history(state_dict["history"])
+
+
+class ProjectedOpacusAccountant(IAccountant):
+    """Opacus accountant for runs that project each step's gradient by a fresh A, and show it.
+
+    Its step hook asks the optimizer for ``attest_projection()``, charges the step when the
+    ``ProjectionAttestation`` fits the proof and repeats no earlier one, and raises otherwise,
+    before the weights move. A stock ``DPOptimizer`` has no such method and is refused.
+
+    A history that is set from outside is a plan: it has an ε, but it is no ledger. An object holds
+    a plan or attested steps, never both.
+
+    Args:
+        name: Name it is registered under.
+        layers: ``(in_features, rank)`` of every trained layer.
+        empty: What proves ε, before any release.
+        event_of: The release at a noise multiplier and a sampling rate.
+    """
+
+    def __init__(
+        self, name: str, layers: Sequence[tuple[int, int]], empty: Accountant, event_of: EventOf
+    ) -> None:
+        self._name = name
+        self._empty = empty
+        self._event_of = event_of
+        self._ledger = AttestedLedger(layers)
+        self._plan: History = []
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """``(in_features, rank)`` of every trained layer."""
+        return self._ledger.layers
+
+    @property
+    def history(self) -> tuple[tuple[float, float, int], ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Attested steps, or the plan. A tuple, so that an ``append`` raises and is not lost."""
+        return self._ledger.history or tuple(self._plan)
+
+    @history.setter
+    def history(self, plan: Sequence[tuple[float, float, int]]) -> None:
+        if len(self._ledger):
+            raise AttestationError(
+                f"This accountant holds {len(self._ledger)} attested steps, and a history that is "
+                "set is only a plan. Plan with a new accountant."
+            )
+        self._plan = checked_history(plan)
+
+    def __len__(self) -> int:
+        """Attested steps so far; a plan has none."""
+        return len(self._ledger)
+
+    def mechanism(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The registered name."""
+        return self._name
+
+    def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
+        """Raise: a step without an attestation cannot be charged as a fresh projection."""
+        raise AttestationError(
+            f"Accountant {self._name!r} takes no bare step (noise multiplier "
+            f"{noise_multiplier!r}, sampling rate {sample_rate!r}): it charges fresh projections, "
+            "and only the hook of get_optimizer_hook_fn asks the optimizer to attest one."
+        )
+
+    def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[DPOptimizer], None]:
+        """Hook that charges an attested step, and raises before the weights move otherwise."""
+
+        def hook(optimizer: DPOptimizer) -> None:
+            if self._plan:
+                raise AttestationError(
+                    "This accountant holds a plan; train with a new one, so that its ε is of "
+                    "attested steps only."
+                )
+            attest = getattr(optimizer, "attest_projection", None)
+            if not callable(attest):
+                raise AttestationError(
+                    f"{type(optimizer).__name__} does not attest a projection: it has no "
+                    "attest_projection(). Its steps are plain sampled Gaussians; use "
+                    'accountant="pld".'
+                )
+            _refuse_accumulation(optimizer)
+            self._ledger.charge(
+                attest(), noise_multiplier=optimizer.noise_multiplier, sample_rate=sample_rate
+            )
+
+        return hook
+
+    def bound(self, delta: float) -> PrivacyBound:
+        """What is proved at ``delta``; of a plan it says that no step was taken."""
+        proved = _prove(self._empty, self._event_of, self.history, delta)
+        said = "each step's A is what the optimizer attested it to be"
+        if self._plan:
+            said = "this is a plan: no step of it has been taken or attested"
+        return replace(proved, assumptions=(*proved.assumptions, said))
+
+    def get_epsilon(self, delta: float) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """ε of ``bound(delta)``, in nats."""
+        return self.bound(delta).epsilon
+
+    def state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, destination: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The attested ledger with its digests; AttestationError for a plan, which is none."""
+        if self._plan:
+            raise AttestationError("A plan has no state to save: no step was attested.")
+        return _fill(destination, **self._ledger.state(), mechanism=self._name)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take over a ledger; ValueError unless it is whole and ours, and nothing was charged."""
+        _check_state(state_dict, {"history", "layers", "seed_digests", "matrix_digests"}, self)
+        self._ledger = AttestedLedger.restored(state_dict, self.layers)
+
+
+def projection_digest(matrices: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of the shapes, types and entries of one step's A's, for a ``ProjectionAttestation``.
+
+    Args:
+        matrices: The A of each layer, (rank, in_features), in a fixed order.
+    """
+    digest = hashlib.sha256()
+    for matrix in matrices:
+        entries = matrix.detach().cpu().contiguous()
+        digest.update(f"{tuple(entries.shape)} {entries.dtype} ".encode())
+        digest.update(entries.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _register(name: str, make: functools.partial[Any]) -> None:
+    """Register ``make``, or find that the same was registered before."""
+    try:
+        register_accountant(name, make)  # pyright: ignore[reportArgumentType]
+    except ValueError:
+        present, wanted = create_accountant(name), make()
+        same = type(present) is type(wanted)
+        if not same or getattr(present, "layers", None) != getattr(wanted, "layers", None):
+            raise ValueError(
+                f"Opacus has another accountant named {name!r} already: "
+                f"{type(present).__name__}. Choose another name."
+            ) from None
+
+
+def _prove(
+    empty: Accountant, event_of: EventOf, history: Iterable[tuple[float, float, int]], delta: float
+) -> PrivacyBound:
+    accountant = empty
+    for noise_multiplier, sample_rate, steps in checked_history(list(history)):
+        accountant = accountant.compose(event_of(noise_multiplier, sample_rate), steps)
+    return accountant.epsilon(delta)
+
+
+def _refuse_accumulation(optimizer: DPOptimizer) -> None:
+    """Raise where one step sums several Poisson batches.
+
+    Opacus charges k batches at rate q as one at rate kq. But a record may be in several of them,
+    each time with its full clip norm, so that such a step is no ``SampledGaussian`` at all.
+    """
+    batches = optimizer.accumulated_iterations
+    if batches != 1:
+        raise UnsupportedEventError(
+            f"A step summed {batches} Poisson batches; a record may be in several of them, so its "
+            "contribution is not bounded by one clip norm. Use one batch a step; "
+            "opacus.utils.batch_memory_manager.BatchMemoryManager splits a large one."
+        )
+
+
+def _fill(destination: dict[str, Any] | None, **state: object) -> dict[str, Any]:
+    target: dict[str, Any] = {} if destination is None else destination
+    target.update(state)
+    return target
+
+
+def _check_state(state: Mapping[str, Any], keys: set[str], accountant: IAccountant) -> None:
+    """Raise ValueError unless ``state`` is of ``accountant``, which has not charged a step."""
+    name: object = accountant.mechanism()
+    found = state.get("mechanism") if state else None
+    if found != name:
+        raise ValueError(
+            f"state_dict must be of mechanism {name!r}, got {found!r}: the steps of another "
+            "mechanism mean something else."
+        )
+    if set(state) != {"mechanism", *keys}:
+        raise ValueError(
+            f"state_dict must hold exactly {sorted({'mechanism', *keys})}, got {sorted(state)}."
+        )
+    if cast("Sequence[object]", accountant.history):
+        raise ValueError(
+            "state_dict would replace steps that were charged already, and what they released "
+            "stays released. Load it into a new accountant."
+        )
 
 
 def to_opacus(source: ImpliedPrivacy | RdpAccountant) -> OpacusRdpAccountant:
