@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora_privacy._lazy import attach
 
 if TYPE_CHECKING:
+    from lora_privacy.dp.attestation import AttestedLedger, ProjectionAttestation
     from lora_privacy.dp.calibration import (
         Accountant,
         Calibration,
@@ -14,27 +15,44 @@ if TYPE_CHECKING:
         calibrate_rank,
         calibrate_steps,
     )
-    from lora_privacy.dp.events import Event, GaussianEvent, SampledGaussian
+    from lora_privacy.dp.events import (
+        Event,
+        GaussianEvent,
+        ProjectedGaussian,
+        SampledGaussian,
+    )
     from lora_privacy.dp.implicit import implied_noise_multiplier, implied_privacy
+    from lora_privacy.dp.pairwise import VectorProjection
     from lora_privacy.dp.rdp import (
         RdpAccountant,
         event_rdp,
         sampled_gaussian_bounds,
         sampled_gaussian_rdp,
     )
-    from lora_privacy.dp.result import Adjacency, Aggregation, ImpliedPrivacy, PrivacyBound
+    from lora_privacy.dp.result import (
+        Adjacency,
+        Aggregation,
+        ImpliedPrivacy,
+        PairDivergence,
+        PrivacyBound,
+    )
 
 __all__ = [
     "Accountant",
     "Adjacency",
     "Aggregation",
+    "AttestedLedger",
     "Calibration",
     "Event",
     "GaussianEvent",
     "ImpliedPrivacy",
+    "PairDivergence",
     "PrivacyBound",
+    "ProjectedGaussian",
+    "ProjectionAttestation",
     "RdpAccountant",
     "SampledGaussian",
+    "VectorProjection",
     "calibrate",
     "calibrate_rank",
     "calibrate_steps",
@@ -51,13 +69,18 @@ __getattr__, __dir__ = attach(
         "Accountant": "calibration",
         "Adjacency": "result",
         "Aggregation": "result",
+        "AttestedLedger": "attestation",
         "Calibration": "calibration",
         "Event": "events",
         "GaussianEvent": "events",
         "ImpliedPrivacy": "result",
+        "PairDivergence": "result",
         "PrivacyBound": "result",
+        "ProjectionAttestation": "attestation",
+        "ProjectedGaussian": "projected",
         "RdpAccountant": "rdp",
         "SampledGaussian": "events",
+        "VectorProjection": "pairwise",
         "calibrate": "calibration",
         "calibrate_rank": "calibration",
         "calibrate_steps": "calibration",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_privacy import _validate
+from lora_privacy.dp._checks import check_noise_multiplier, check_sample_rate
+from lora_privacy.dp.projected import ProjectedGaussian
 
-__all__ = ["Event", "GaussianEvent", "SampledGaussian"]
+__all__ = ["Event", "GaussianEvent", "ProjectedGaussian", "SampledGaussian"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class GaussianEvent:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        _check_noise(self.noise_multiplier)
+        check_noise_multiplier(self.noise_multiplier)
         object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
 
 
@@ -47,26 +48,11 @@ class SampledGaussian:
     sample_rate: float
 
     def __post_init__(self) -> None:
-        _check_noise(self.noise_multiplier)
+        check_noise_multiplier(self.noise_multiplier)
         check_sample_rate(self.sample_rate)
         # A float32 scalar would carry its rounding through the whole account.
         object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
         object.__setattr__(self, "sample_rate", float(self.sample_rate))
 
 
-Event = GaussianEvent | SampledGaussian
-
-
-def check_sample_rate(sample_rate: float) -> None:
-    """Raise ValueError unless ``sample_rate`` is in (0, 1]; NaN raises."""
-    if not 0 < sample_rate <= 1:
-        raise ValueError(
-            f"sample_rate must lie in (0, 1], got {sample_rate!r}. It is the probability that "
-            "one record takes part in a step, expected batch size over number of records."
-        )
-
-
-def _check_noise(noise_multiplier: float) -> None:
-    _validate.positive(
-        "noise_multiplier", noise_multiplier, "A release without noise has no finite ε."
-    )
+Event = GaussianEvent | SampledGaussian | ProjectedGaussian

@@ -1,4 +1,4 @@
-"""Rényi accounting of plain and Poisson-sampled Gaussian releases; every ε is rounded up."""
+"""Rényi accounting of plain, Poisson-sampled and projected Gaussians; every ε is rounded up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _moments
+from lora_privacy.dp._checks import check_sample_rate
 from lora_privacy.dp._conversion import least_epsilon, least_log_delta
-from lora_privacy.dp.events import Event, GaussianEvent, SampledGaussian, check_sample_rate
+from lora_privacy.dp.events import Event, GaussianEvent, ProjectedGaussian, SampledGaussian
+from lora_privacy.dp.projected import refuse_unproved as refuse_unproved_projection
 from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
 
@@ -68,7 +70,7 @@ def event_rdp(
     """Rényi divergences of one ``event``, an upper bound in nats, of the shape of ``orders``.
 
     Args:
-        event: A plain or a Poisson-sampled Gaussian release.
+        event: A plain, a Poisson-sampled or a projected Gaussian release.
         orders: Rényi orders, finite and > 1.
         adjacency: Under ``"replace"`` a plain Gaussian moves by 2C, twice the clip norm. The
             formula of the sampled Gaussian is proved for ``"add-remove"`` only.
@@ -241,19 +243,26 @@ def _bound(
     if any(isinstance(event, SampledGaussian) for event in events):
         assumptions.append("batches are Poisson samples that stay secret")
     assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
+    references = _REFERENCES
+    for event in events:
+        if isinstance(event, ProjectedGaussian):
+            assumptions.extend(one for one in event.assumptions if one not in assumptions)
+            references = tuple(dict.fromkeys((*references, *event.references)))
     return PrivacyBound(
         epsilon=epsilon,
         delta=delta,
         adjacency=adjacency,
         method="rdp",
         assumptions=tuple(assumptions),
-        references=_REFERENCES,
+        references=references,
         reason=reason,
     )
 
 
 def _divergences(event: Event, orders: Array, adjacency: Adjacency) -> Array:
     """Divergences of one event, of the shape of ``orders``, rounded up."""
+    if isinstance(event, ProjectedGaussian):
+        return event.rdp(orders, adjacency=adjacency)
     moved = 2.0 if adjacency == "replace" else 1.0
     rate = event.sample_rate if isinstance(event, SampledGaussian) else 1.0
     noises = np.array([event.noise_multiplier / moved])
@@ -283,11 +292,13 @@ def _checked_orders(orders: npt.ArrayLike) -> Array:
 
 def _refuse_unproved(event: Event, adjacency: Adjacency) -> None:
     # The exact type: a subclass may mean something else.
-    if type(event) not in (GaussianEvent, SampledGaussian):
+    if type(event) not in (GaussianEvent, SampledGaussian, ProjectedGaussian):
         raise UnsupportedEventError(
-            f"RdpAccountant has no proof for {type(event).__name__}; it knows GaussianEvent and "
-            "SampledGaussian."
+            f"RdpAccountant has no proof for {type(event).__name__}; it knows GaussianEvent, "
+            "SampledGaussian and ProjectedGaussian."
         )
+    if isinstance(event, ProjectedGaussian):
+        refuse_unproved_projection(event, adjacency)
     if adjacency == "replace" and isinstance(event, SampledGaussian) and event.sample_rate < 1:
         raise UnsupportedEventError(
             "RdpAccountant has no proof for SampledGaussian under adjacency='replace': the "
