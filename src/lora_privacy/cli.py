@@ -23,6 +23,16 @@ app = typer.Typer(
     help="What the random projections of LoRA do to gradients, and what they prove.",
 )
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+SampleRate = Annotated[
+    float | None, typer.Option(help="Probability that a record takes part in a step.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Expected size of a Poisson batch.")]
+DatasetSize = Annotated[int | None, typer.Option(help="Number of records.")]
+Adjacency = Annotated[str, typer.Option(help="Neighbours: add-remove or replace.")]
+AccountantName = Annotated[str, typer.Option("--accountant", help="rdp (Rényi divergences).")]
+
 
 @app.callback()
 def main() -> None:
@@ -140,6 +150,89 @@ def noise(
             typer.echo(json.dumps([row.to_dict() for row in rows], indent=1))
             return
         typer.echo(laws_text(rows))
+
+
+@app.command()
+def account(
+    noise_multiplier: Annotated[float, typer.Option(help="Noise over clip norm, z = σ/C.")],
+    steps: Annotated[int, typer.Option(help="Number of releases.")],
+    delta: Annotated[float | None, typer.Option(help="δ at which to bound ε.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="ε at which to bound δ.")] = None,
+    sample_rate: SampleRate = None,
+    batch_size: BatchSize = None,
+    dataset_size: DatasetSize = None,
+    adjacency: Adjacency = "add-remove",
+    accountant: AccountantName = "rdp",
+    projected: Annotated[
+        list[str] | None,
+        typer.Option(help="in_features:rank of a layer under a fresh A; repeat for all layers."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write δ(ε) and the trade-off curve: .png, .svg, .pdf.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """The (ε, δ) that a run of noisy steps is proved to have, and what is left to an attacker."""
+    with _named_errors(debug=debug):
+        from lora_privacy.assess.accounting import ReleaseConfig, layers_of, sample_rate_of
+
+        config = ReleaseConfig(
+            sample_rate=sample_rate_of(sample_rate, batch_size, dataset_size),
+            adjacency=adjacency,  # pyright: ignore[reportArgumentType]  (checked by the accountant)
+            accountant=accountant,  # pyright: ignore[reportArgumentType]  (checked by the config)
+            layers=layers_of(projected or (), with_rank=True),
+        )
+        answer = config.account(noise_multiplier, steps, delta=delta, epsilon=epsilon)
+        if plot is not None:
+            from lora_privacy.assess.privacy_plots import write_figure
+
+            write_figure(plot, answer.curve_or_error(), answer.bound)
+        typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else answer.text())
+        if plot is not None and not as_json:
+            typer.echo(f"\nplot: {plot}")
+
+
+@app.command()
+def calibrate(
+    epsilon: Annotated[float, typer.Option(help="Target ε, in nats.")],
+    delta: Annotated[float, typer.Option(help="δ of the target.")],
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="z = σ/C; searched when absent.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of releases; searched when absent.")
+    ] = None,
+    sample_rate: SampleRate = None,
+    batch_size: BatchSize = None,
+    dataset_size: DatasetSize = None,
+    adjacency: Adjacency = "add-remove",
+    accountant: AccountantName = "rdp",
+    projected: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="in_features:rank of a layer under a fresh A, or in_features alone to search "
+            "one rank for all layers; repeat for all layers."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Whichever is left out of noise, steps and rank, so that a target is met, with the proof."""
+    with _named_errors(debug=debug):
+        from lora_privacy.assess.accounting import ReleaseConfig, layers_of, sample_rate_of
+
+        by_rank = noise_multiplier is not None and steps is not None
+        config = ReleaseConfig(
+            sample_rate=sample_rate_of(sample_rate, batch_size, dataset_size),
+            adjacency=adjacency,  # pyright: ignore[reportArgumentType]  (checked by the accountant)
+            accountant=accountant,  # pyright: ignore[reportArgumentType]  (checked by the config)
+            layers=layers_of(projected or (), with_rank=not by_rank),
+        )
+        answer = config.calibrate(
+            noise_multiplier=noise_multiplier, steps=steps, epsilon=epsilon, delta=delta
+        )
+        typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else answer.text())
 
 
 def _column(text: str) -> str | int:

@@ -108,6 +108,14 @@ _ALL = (
         kind="inproceedings",
     ),
     Reference(
+        key="kairouz-composition-2015",
+        authors="Kairouz, Peter and Oh, Sewoong and Viswanath, Pramod",
+        title="The Composition Theorem for Differential Privacy",
+        year=2015,
+        venue="ICML 2015, arXiv:1311.0776",
+        kind="inproceedings",
+    ),
+    Reference(
         key="abadi-dpsgd-2016",
         authors="Abadi, Martín and Chu, Andy and Goodfellow, Ian and McMahan, H. Brendan and "
         "Mironov, Ilya and Talwar, Kunal and Zhang, Li",

@@ -1,0 +1,157 @@
+"""Many bounds of one history: δ as a function of ε, and what it leaves to an attacker.
+
+Every (ε, δ) of a history limits every test between two neighbours: with false-positive rate α its
+false-negative rate β is at least 1 - δ - e^ε α and at least e^{-ε} (1 - δ - α). The best of
+several such lines is a lower bound again, so a coarse curve is loose and never wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_privacy import _validate
+from lora_privacy.dp.result import Adjacency, PrivacyBound
+from lora_privacy.errors import UnsupportedEventError
+from lora_privacy.references import cite
+
+__all__ = ["PrivacyCurve", "privacy_curve"]
+
+Array = npt.NDArray[np.float64]
+
+_REFERENCE = "kairouz-composition-2015"
+_POINTS = 65
+
+
+class _Profile(Protocol):
+    def epsilon(self, delta: float) -> PrivacyBound: ...
+    def delta(self, epsilon: float) -> PrivacyBound: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyCurve:
+    """Bounds (ε, δ) of one history, and the trade-off between an attacker's errors they prove.
+
+    Args:
+        bounds: Of one history, accountant and adjacency; vacuous ones are allowed.
+
+    Raises:
+        ValueError: There is no bound, or they differ in adjacency, method or unit.
+
+    References:
+        Kairouz, Oh & Viswanath, arXiv:1311.0776, Thm. 2.1: (ε, δ) as a region of error rates.
+    """
+
+    bounds: tuple[PrivacyBound, ...]
+
+    def __post_init__(self) -> None:
+        kinds = {(bound.adjacency, bound.method, bound.unit) for bound in self.bounds}
+        if len(kinds) != 1:
+            raise ValueError(
+                "bounds must be at least one, all of one adjacency, method and unit, got "
+                f"{sorted(kinds)}. Bounds of different neighbours say nothing together."
+            )
+
+    @property
+    def adjacency(self) -> Adjacency:
+        """Neighbouring relation that all bounds hold under."""
+        return self.bounds[0].adjacency
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Keys into ``lora_privacy.references``."""
+        return (*self.bounds[0].references, _REFERENCE)
+
+    def trade_off(self, fpr: npt.ArrayLike) -> Array:
+        """Lower bound on the false-negative rate at false-positive rates ``fpr``, same shape.
+
+        Raises:
+            ValueError: A rate is outside [0, 1] or NaN.
+        """
+        rates = np.asarray(fpr, dtype=np.float64)
+        if not np.all((rates >= 0) & (rates <= 1)):
+            raise ValueError(f"fpr must lie in [0, 1], got {fpr!r}.")
+        best = np.zeros(rates.shape)
+        for epsilon, delta in self._pairs():
+            # e^ε α with α = 0 must stay 0 where e^ε overflows.
+            scaled = np.exp(np.minimum(epsilon + np.log(np.maximum(rates, 1e-300)), 700.0))
+            first = 1 - delta - np.where(rates > 0, scaled, 0.0)
+            best = np.maximum(best, np.maximum(first, math.exp(-epsilon) * (1 - delta - rates)))
+        # Rounded down: three operations on numbers of size 1.
+        return np.maximum(0.0, best - 1e-15)
+
+    def tpr_bound(self, fpr: npt.ArrayLike) -> Array:
+        """Upper bound on the true-positive rate at false-positive rates ``fpr``, same shape."""
+        return 1.0 - self.trade_off(fpr)
+
+    def advantage(self) -> float:
+        """Upper bound on true-positive minus false-positive rate of any attack, in [0, 1].
+
+        At (ε, δ) the two lines meet at equal errors, where the advantage is
+        (e^ε - 1 + 2δ)/(e^ε + 1).
+        """
+        values = [
+            math.tanh(epsilon / 2) + delta * (1 - math.tanh(epsilon / 2))
+            for epsilon, delta in self._pairs()
+        ]
+        return min([1.0, *(math.nextafter(value + 1e-15, 2.0) for value in values)])
+
+    def _pairs(self) -> list[tuple[float, float]]:
+        """What is proved; an infinite ε or a δ of 1 says nothing."""
+        return [(b.epsilon, b.delta) for b in self.bounds if math.isfinite(b.epsilon)]
+
+    def to_dict(self, fpr: tuple[float, ...] = (0.001, 0.01, 0.1)) -> dict[str, Any]:
+        """JSON-safe: the points, an attacker's rates, and all that is needed to quote them."""
+        first = self.bounds[0]
+        assumptions: dict[str, None] = {}
+        for bound in self.bounds:
+            assumptions.update(dict.fromkeys(bound.assumptions))
+        return {
+            "kind": "guarantee",
+            "epsilon": [epsilon for epsilon, _ in self._pairs()],
+            "delta": [delta for _, delta in self._pairs()],
+            "advantage_at_most": self.advantage(),
+            "true_positive_rate_at_most": [
+                {"false_positive_rate": rate, "bound": float(self.tpr_bound(rate))} for rate in fpr
+            ],
+            "adjacency": first.adjacency,
+            "unit": first.unit,
+            "method": first.method,
+            "assumptions": list(assumptions),
+            "references": list(self.references),
+            "citations": [cite(key) for key in self.references],
+            "caveats": list(first.caveats),
+        }
+
+
+def privacy_curve(
+    accountant: _Profile, *, least_delta: float = 1e-10, points: int = _POINTS
+) -> PrivacyCurve:
+    """Bounds of ``accountant`` at equally spaced ε, from 0 to where δ falls below ``least_delta``.
+
+    Args:
+        accountant: With the history composed already.
+        least_delta: Where the curve ends. Taken 10 times larger, up to 0.1, as long as the
+            accountant proves no finite ε at it.
+        points: How many ε.
+
+    Raises:
+        ValueError: An argument is out of range or NaN.
+        UnsupportedEventError: No finite ε is proved at any δ up to 0.1.
+    """
+    _validate.inside("least_delta", least_delta, 0, 1)
+    points = _validate.integer("points", points, 2)
+    end = accountant.epsilon(least_delta)
+    while math.isinf(end.epsilon) and 10 * end.delta <= 0.1:
+        end = accountant.epsilon(10 * end.delta)
+    if math.isinf(end.epsilon):
+        raise UnsupportedEventError(
+            f"There is no curve: no finite ε is proved up to δ = {end.delta:g}. {end.reason}"
+        )
+    inner = np.linspace(0.0, end.epsilon, points)[:-1] if end.epsilon > 0 else np.zeros(1)
+    bounds = [accountant.delta(float(epsilon)) for epsilon in inner]
+    return PrivacyCurve((*bounds, end))

@@ -1,0 +1,133 @@
+"""Curves: never below the truth of the plain Gaussian, and refused where bounds do not mix."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lora_privacy.dp import GaussianEvent, PrivacyBound, RdpAccountant, SampledGaussian
+from lora_privacy.dp.curve import PrivacyCurve, privacy_curve
+from lora_privacy.errors import UnsupportedEventError
+from lora_privacy.references import cite
+
+RATES = np.array([0.0, 1e-6, 1e-3, 0.01, 0.1, 0.31, 0.5, 0.9, 1.0])
+
+
+def bound(epsilon: float, delta: float, **changes: object) -> PrivacyBound:
+    fields = {
+        "epsilon": epsilon,
+        "delta": delta,
+        "adjacency": "add-remove",
+        "method": "rdp",
+        "assumptions": ("the noise is fresh",),
+        "references": ("mironov-rdp-2017",),
+    }
+    return PrivacyBound(**{**fields, **changes})
+
+
+def exact_gaussian(mu: float, points: int = 400) -> PrivacyCurve:
+    """The privacy profile of N(0,1) against N(μ,1), from SciPy (Balle & Wang 2018)."""
+    epsilons = np.linspace(0, 12 * mu, points)
+    deltas = stats.norm.cdf(mu / 2 - epsilons / mu) - np.exp(epsilons) * stats.norm.cdf(
+        -mu / 2 - epsilons / mu
+    )
+    return PrivacyCurve(
+        tuple(
+            bound(e, d) for e, d in zip(epsilons.tolist(), deltas.tolist(), strict=True) if d > 0
+        )
+    )
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0, 3.0])
+def test_the_exact_profile_gives_the_exact_trade_off(mu: float) -> None:
+    """Oracle: Φ(Φ⁻¹(1-α) - μ), Neyman–Pearson. 400 tangents: never above, 1e-4 below at most.
+
+    The advantage is 2Φ(μ/2) - 1. A profile of 1.05 μ must be told from this one.
+    """
+    curve = exact_gaussian(mu)
+    truth = stats.norm.cdf(stats.norm.ppf(1 - RATES) - mu)
+    found = curve.trade_off(RATES)
+    assert np.all(found <= truth + 1e-12)
+    assert np.all(found >= truth - 1e-4)
+    assert np.array_equal(curve.tpr_bound(RATES), 1 - found)
+    assert curve.advantage() == pytest.approx(2 * stats.norm.cdf(mu / 2) - 1, rel=1e-4, abs=0)
+    wrong = stats.norm.cdf(stats.norm.ppf(1 - RATES) - 1.05 * mu)
+    assert not np.all(found <= wrong + 1e-12)
+
+
+@given(st.floats(0, 800), st.floats(1e-300, 0.999), st.floats(0, 1))
+def test_one_bound_limits_both_errors(epsilon: float, delta: float, fpr: float) -> None:
+    """The region of Kairouz, Oh & Viswanath, Thm. 2.1, both lines, in exact logarithms."""
+    fnr = float(PrivacyCurve((bound(epsilon, delta),)).trade_off(fpr))
+    assert 0 <= fnr <= 1 - fpr + 1e-12
+    slack = 1e-12
+    first = 1 - delta - (math.exp(epsilon) * fpr if epsilon < 700 else (math.inf if fpr else 0))
+    second = math.exp(-epsilon) * (1 - delta - fpr)
+    assert fnr == pytest.approx(max(0.0, first, second), rel=1e-9, abs=slack)
+
+
+def test_an_accountants_curve_holds_for_its_true_trade_off() -> None:
+    """Rényi bounds are loose: below the exact trade-off everywhere, and not vacuous."""
+    curve = privacy_curve(RdpAccountant().compose(GaussianEvent(1.0)))
+    truth = stats.norm.cdf(stats.norm.ppf(1 - RATES) - 1)
+    assert np.all(curve.trade_off(RATES) <= truth)
+    assert curve.trade_off(0.01) > 0.8
+    assert 2 * stats.norm.cdf(0.5) - 1 < curve.advantage() < 0.6
+    epsilons = [b.epsilon for b in curve.bounds]
+    deltas = [b.delta for b in curve.bounds]
+    assert epsilons == sorted(epsilons)
+    assert deltas == sorted(deltas, reverse=True)
+    assert epsilons[0] == 0
+    assert deltas[-1] == 1e-10
+
+
+def test_a_history_without_cost_and_one_without_bound() -> None:
+    """Nothing released: blind guessing. Nothing proved: no curve, with the reason."""
+    curve = privacy_curve(RdpAccountant())
+    assert curve.trade_off(0.3) == pytest.approx(0.7, abs=1e-9)
+    assert curve.advantage() < 1e-9
+    with pytest.raises(UnsupportedEventError, match=r"no finite ε is proved up to δ = 0\.1"):
+        privacy_curve(RdpAccountant().compose(GaussianEvent(1e-160)))
+    vacuous = bound(math.inf, 0.5, reason="nothing is known.")
+    assert PrivacyCurve((vacuous,)).trade_off(0.0) == 0
+    assert PrivacyCurve((vacuous,)).advantage() == 1
+
+
+def test_bounds_of_different_neighbours_are_not_mixed() -> None:
+    """Nor of different methods, nor none at all."""
+    one = bound(1.0, 1e-5)
+    for other in (
+        dataclasses.replace(one, adjacency="replace"),
+        dataclasses.replace(one, method="pld"),
+        dataclasses.replace(one, unit="one author"),
+    ):
+        with pytest.raises(ValueError, match="all of one adjacency"):
+            PrivacyCurve((one, other))
+    with pytest.raises(ValueError, match="at least one"):
+        PrivacyCurve(())
+
+
+@pytest.mark.parametrize("fpr", [-0.1, 1.1, math.nan])
+def test_rates_out_of_range_are_refused(fpr: float) -> None:
+    with pytest.raises(ValueError, match="fpr must lie in"):
+        PrivacyCurve((bound(1.0, 1e-5),)).trade_off([0.5, fpr])
+
+
+def test_json_holds_what_is_needed_to_quote_it() -> None:
+    event = SampledGaussian(1.0, 0.1)
+    stored = privacy_curve(RdpAccountant().compose(event, 10), points=5).to_dict()
+    stored = json.loads(json.dumps(stored, allow_nan=False))
+    assert len(stored["epsilon"]) == len(stored["delta"]) == 5
+    assert stored["adjacency"] == "add-remove"
+    assert "batches are Poisson samples that stay secret" in stored["assumptions"]
+    assert cite("kairouz-composition-2015") in stored["citations"]
+    assert [row["false_positive_rate"] for row in stored["true_positive_rate_at_most"]] == [
+        0.001,
+        0.01,
+        0.1,
+    ]

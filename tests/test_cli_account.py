@@ -1,0 +1,201 @@
+"""``account`` and ``calibrate``: numbers of the library, JSON and table, mistakes on one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from lora_privacy.cli import app
+from lora_privacy.dp import GaussianEvent, RdpAccountant, SampledGaussian
+
+RUN = ["--noise-multiplier", "1", "--sample-rate", "0.01", "--steps", "1000"]
+TARGET = ["--epsilon", "2", "--delta", "1e-5", "--accountant", "rdp"]
+
+
+def call(command: str, *options: str) -> Result:
+    return CliRunner().invoke(app, [command, *options])
+
+
+def test_account_prints_the_bound_of_the_library() -> None:
+    done = call("account", *RUN, "--delta", "1e-5", "--accountant", "rdp", "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.output)
+    bound = RdpAccountant().compose(SampledGaussian(1.0, 0.01), 1000).epsilon(1e-5)
+    assert answer["bound"]["epsilon"] == bound.epsilon
+    for part in (answer["bound"], answer["curve"]):
+        assert part["kind"] == "guarantee"
+        assert part["adjacency"] == "add-remove"
+        assert part["unit"] == "one training example"
+        assert part["method"] == "rdp"
+        assert "batches are Poisson samples that stay secret" in part["assumptions"]
+        assert "Mironov, Ilya (2017), IEEE CSF 2017, arXiv:1702.07476" in part["citations"]
+        assert any("early stopping" in caveat for caveat in part["caveats"])
+
+
+def test_the_table_says_the_same_and_what_it_rests_on() -> None:
+    done = call("account", *RUN, "--delta", "1e-5", "--accountant", "rdp")
+    assert done.exit_code == 0, done.output
+    assert "| ε, at most | 2.10133 nats |" in done.output
+    assert "| δ | 1e-05 |" in done.output
+    assert "| neighbours | add-remove of one training example |" in done.output
+    assert "1,000 × Gaussian noise, noise multiplier 1, sampling rate 0.01" in done.output
+    for start in ("Assumes: ", "Sources: ", "Not covered: "):
+        assert f"\n{start}" in done.output
+
+
+def test_a_batch_size_is_a_sampling_rate() -> None:
+    """And δ at an ε is the other way round."""
+    sizes = ["--batch-size", "64", "--dataset-size", "6400", "--accountant", "rdp", "--json"]
+    done = call("account", "--noise-multiplier", "1", "--steps", "10", "--epsilon", "1", *sizes)
+    assert done.exit_code == 0, done.output
+    expected = RdpAccountant().compose(SampledGaussian(1.0, 0.01), 10).delta(1.0)
+    assert json.loads(done.output)["bound"]["delta"] == expected.delta
+
+
+def test_replacing_a_record_costs_what_half_the_noise_costs() -> None:
+    """Without sampling, which is the only case with a proof."""
+    plain = ["--noise-multiplier", "4", "--steps", "3", "--sample-rate", "1", "--delta", "1e-5"]
+    done = call("account", *plain, "--adjacency", "replace", "--accountant", "rdp", "--json")
+    assert done.exit_code == 0, done.output
+    bound = json.loads(done.output)["bound"]
+    assert bound["adjacency"] == "replace"
+    half = RdpAccountant().compose(GaussianEvent(2.0), 3).epsilon(1e-5).epsilon
+    assert bound["epsilon"] == pytest.approx(half, rel=1e-9, abs=0)
+
+
+def test_no_bound_is_no_number() -> None:
+    hopeless = ["--noise-multiplier", "1e-160", "--sample-rate", "1", "--steps", "1"]
+    done = call("account", *hopeless, "--delta", "1e-5", "--accountant", "rdp")
+    assert done.exit_code == 0, done.output
+    assert "| ε, at most | none |" in done.output
+    assert "No guarantee: the Rényi divergence is beyond double precision" in done.output
+
+
+@pytest.mark.parametrize("name", ["curves.png", "curves.svg", "curves.pdf"])
+def test_the_plot_is_written_and_the_same_numbers_give_the_same_file(
+    tmp_path: Path, name: str
+) -> None:
+    files = [tmp_path / "a" / name, tmp_path / "b" / name]
+    for file in files:
+        file.parent.mkdir()
+        done = call("account", *RUN, "--delta", "1e-5", "--accountant", "rdp", "--plot", str(file))
+        assert done.exit_code == 0, done.output
+    assert files[0].read_bytes() == files[1].read_bytes()
+    if name.endswith("png"):
+        with Image.open(files[0]) as image:
+            assert image.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "quantity", "value"),
+    [
+        (["--sample-rate", "0.01", "--steps", "1000"], "noise_multiplier", 1.0223),
+        (["--sample-rate", "0.01", "--noise-multiplier", "1"], "steps", 881),
+    ],
+)
+def test_what_is_left_out_is_searched(options: list[str], quantity: str, value: float) -> None:
+    """The bound in the answer is about the value in the answer."""
+    done = call("calibrate", *TARGET, *options, "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.output)
+    assert (answer["quantity"], answer["value"]) == (quantity, value)
+    noise, steps = (value, 1000) if quantity == "noise_multiplier" else (1.0, value)
+    expected = RdpAccountant().compose(SampledGaussian(noise, 0.01), int(steps)).epsilon(1e-5)
+    assert answer["bound"]["epsilon"] == expected.epsilon <= 2
+    assert answer["steps"] == steps
+    assert "Mironov, Ilya (2017), IEEE CSF 2017, arXiv:1702.07476" in answer["bound"]["citations"]
+
+    done = call("calibrate", *TARGET, *options)
+    assert done.output.startswith(f"{quantity.replace('_', ' ')} = {value} meets ε ≤ 2 at δ")
+
+
+SAMPLED = ["--sample-rate", "0.01"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("account", [*RUN, "--delta", "0"], "delta must lie in (0, 1)"),
+        ("account", [*RUN, "--delta", "1"], "delta must lie in (0, 1)"),
+        ("account", [*RUN, "--delta", "nan"], "delta must lie in (0, 1)"),
+        ("account", [*RUN, "--epsilon", "-1"], "epsilon must be finite"),
+        ("account", RUN, "Give --delta, to bound ε"),
+        ("account", [*RUN, "--delta", "1e-5", "--epsilon", "1"], "Give --delta, to bound ε"),
+        (
+            "account",
+            ["--noise-multiplier", "0", *RUN[2:], "--delta", "1e-5"],
+            "noise_multiplier must be positive",
+        ),
+        (
+            "account",
+            ["--noise-multiplier", "-1", *RUN[2:], "--delta", "1e-5"],
+            "noise_multiplier must be positive",
+        ),
+        (
+            "account",
+            [*RUN[:2], "--sample-rate", "1.5", *RUN[4:], "--delta", "1e-5"],
+            "sample_rate must lie in (0, 1]",
+        ),
+        (
+            "account",
+            [*RUN[:4], "--steps", "0", "--delta", "1e-5"],
+            "steps must be at least 1",
+        ),
+        (
+            "account",
+            [*RUN, "--delta", "1e-5", "--adjacency", "replace"],
+            "no proof for SampledGaussian under adjacency='replace'",
+        ),
+        ("account", [*RUN, "--delta", "1e-5", "--adjacency", "swap"], "adjacency must be one of"),
+        ("account", [*RUN, "--delta", "1e-5", "--accountant", "gdp"], "accountant must be one of"),
+        (
+            "account",
+            [*RUN, "--delta", "1e-5", "--batch-size", "64"],
+            "Give --sample-rate, or --batch-size and --dataset-size",
+        ),
+        (
+            "account",
+            [*RUN[:2], *RUN[4:], "--delta", "1e-5", "--batch-size", "64"],
+            "Give --sample-rate, or --batch-size and --dataset-size",
+        ),
+        (
+            "account",
+            [*RUN[:2], *RUN[4:], "--delta", "1e-5", "--batch-size", "9", "--dataset-size", "8"],
+            "batch_size must be at most dataset_size = 8",
+        ),
+        (
+            "account",
+            [*RUN, "--delta", "1e-5", "--projected", "768"],
+            "--projected must be in_features:rank, such as 768:8, got '768'",
+        ),
+        (
+            "account",
+            [*RUN, "--delta", "1e-5", "--plot", "curve.gif"],
+            "must end in .png, .svg, .pdf",
+        ),
+        ("calibrate", [*TARGET, *SAMPLED], "Leave out exactly one"),
+        (
+            "calibrate",
+            [*TARGET, *SAMPLED, "--steps", "9", "--noise-multiplier", "1"],
+            "Leave out exactly one",
+        ),
+        (
+            "calibrate",
+            ["--epsilon", "0", "--delta", "1e-5", *SAMPLED, "--steps", "9"],
+            "epsilon must be positive",
+        ),
+        (
+            "calibrate",
+            ["--epsilon", "1e-8", "--delta", "1e-9", *SAMPLED, "--steps", "1000000"],
+            "No noise multiplier up to 1e+06 meets the target",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(command: str, options: list[str], message: str) -> None:
+    done = call(command, *options)
+    assert done.exit_code == 2
+    assert done.output.startswith("error: ")
+    assert message in done.output
+    assert done.output.count("\n") == 1
