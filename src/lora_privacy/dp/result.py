@@ -1,4 +1,4 @@
-"""What may be quoted: a proven bound, and a reading that proves nothing."""
+"""What may be quoted: a proven bound, one pair's divergence, and a reading that proves nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import Any, Literal, cast, get_args
 from lora_privacy import _validate
 from lora_privacy.references import REFERENCES, cite
 
-__all__ = ["CAVEATS", "Adjacency", "Aggregation", "ImpliedPrivacy", "PrivacyBound"]
+__all__ = [
+    "CAVEATS",
+    "Adjacency",
+    "Aggregation",
+    "ImpliedPrivacy",
+    "PairDivergence",
+    "PrivacyBound",
+]
 
 Adjacency = Literal["add-remove", "replace"]
 Aggregation = Literal["independent", "coherent"]
@@ -171,6 +178,70 @@ class ImpliedPrivacy:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairDivergence:
+    """How far apart one mechanism's outputs are for two given inputs. Not a guarantee.
+
+    Its ε is a function of the two inputs, which are private data, and says nothing of any other
+    pair. No method turns it into a ``PrivacyBound``.
+
+    Attributes:
+        epsilon: The larger direction, in nats, >= 0; ``inf`` with a ``reason``.
+        forward: Smallest ε with P[output in E | input] <= e^ε P[output in E | input'] + δ for
+            every event E, or an upper bound where ``method`` says so.
+        backward: The same with the inputs exchanged.
+        delta: The δ it holds at, in (0, 1).
+        method: How it was computed, such as ``"exact profile"``.
+        pair: The two inputs, as far as the mechanism can tell them apart.
+        references: Keys into ``lora_privacy.references``.
+        reason: Why ε is infinite; None when it is not.
+
+    Raises:
+        ValueError: A number is NaN or out of range, ``epsilon`` is not the larger direction, or
+            an infinite ε has no reason.
+    """
+
+    epsilon: float
+    forward: float
+    backward: float
+    delta: float
+    method: str
+    pair: str
+    references: tuple[str, ...]
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon, self.reason)
+        for name in ("forward", "backward"):
+            _validate.between(name, getattr(self, name), 0, math.inf)
+        if self.epsilon != max(self.forward, self.backward):
+            raise ValueError(
+                f"epsilon must be the larger of forward = {self.forward!r} and "
+                f"backward = {self.backward!r}, got {self.epsilon!r}."
+            )
+        _validate.inside("delta", self.delta, 0, 1)
+        _check_references(self.references)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe fields; an infinite ε is the string ``"inf"``, which ``float`` reads back."""
+        return {"kind": "divergence of one pair, not a guarantee", **_plain(self)}
+
+    def __str__(self) -> str:
+        """A paragraph to paste. It opens by saying what it is not."""
+        epsilon = "infinite" if math.isinf(self.epsilon) else round_up(self.epsilon)
+        because = "" if self.reason is None else f" ({self.reason})"
+        return " ".join(
+            [
+                "Not a guarantee.",
+                f"For this one pair, {self.pair}, ε is {epsilon} nats at δ = "
+                f"{self.delta!r}{because}; forward {round_up(self.forward)}, "
+                f"backward {round_up(self.backward)}.",
+                "ε depends on the private inputs, and another pair has another one.",
+                f"Method: {self.method} [{cite(*self.references)}].",
+            ]
+        )
+
+
 def round_up(value: float) -> str:
     """``value`` in decimal with six significant digits, never below ``value``.
 
@@ -195,7 +266,7 @@ def _check_references(keys: tuple[str, ...]) -> None:
         cite(*keys)  # raises, and names the key
 
 
-def _plain(result: PrivacyBound | ImpliedPrivacy) -> dict[str, Any]:
+def _plain(result: PrivacyBound | ImpliedPrivacy | PairDivergence) -> dict[str, Any]:
     """Fields as JSON types; ``dataclasses.asdict`` keeps tuples and infinities."""
     return {field.name: _jsonable(getattr(result, field.name)) for field in fields(result)}
 

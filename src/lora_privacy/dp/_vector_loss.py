@@ -1,0 +1,373 @@
+"""δ of the loss of one pair under ``v -> AᵀA v``: quadrature without cancellation, in log space.
+
+With θ the angle whose tangent is t_r/√r and s the χ variable with k = m+r-1 degrees of freedom,
+
+    R = ν cos(θ-φ)/cos θ,   L = (r-1) ln ν + ((m+1-r)/2) ln R + (s²/2)(1/R - 1),
+
+and δ = P[R <= 0] + E (1 - e^{ε-L})₊. The inner expectation has a closed form as a difference of χ²
+tails, which loses all digits when L barely exceeds ε. Here it is the integral of the positive
+function itself, between exact limits. In s that integrand is analytic and log-concave with
+curvature at least 1 for every k, which gives its window in closed form. Derivation in
+docs/theory/projection-pairs.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+from lora_privacy.errors import ConvergenceError
+
+Array = npt.NDArray[np.float64]
+Index = npt.NDArray[np.int64]
+
+RTOL = 1e-10
+"""Relative error of δ; every value is checked against halved panels and another inner rule."""
+
+_DROP = 30.0  # e-folds below its peak where an integrand is cut; e^-30 ≈ 1e-13
+_AGREEMENT = 2e-11  # of the halved panels; the finer sum, far more accurate, is returned
+_ROUNDS = 48
+_NEWTON = 100
+_MAX_FACTOR = 8.0  # of one Newton step in ε
+# Two rules for the inner integral, used in turn, so that each check is one of both integrals.
+_INNER = tuple(np.polynomial.legendre.leggauss(n) for n in (34, 42))
+_OUTER, _OUTER_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(16))
+_FINE, _FINE_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(96))
+# Panels before any refinement: powers of two of the scale 1/√r of θ.
+_SCALES = np.exp2(np.arange(-2.0, 6.0))
+
+
+@dataclass(frozen=True, slots=True)
+class VectorLoss:
+    """Loss of v against v' with cosine ρ and ``ratio`` ν = ‖v'‖/‖v‖, checked by the caller.
+
+    Attributes:
+        in_features: m >= 1; at m = 1 the cosine is ±1.
+        rank: r >= 1.
+        cosine: ρ, in [-1, 1].
+        ratio: ν > 0.
+    """
+
+    in_features: int
+    rank: int
+    cosine: float
+    ratio: float
+    _log_chi: float = field(init=False)
+    _log_angle: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_log_chi", _log_chi_norm(self.in_features + self.rank - 1))
+        object.__setattr__(self, "_log_angle", _log_angle_norm(self.rank))
+
+    @property
+    def floor(self) -> float:
+        """P[R <= 0], which no ε brings down."""
+        return projected_sign_flip(self.rank, self.cosine)
+
+    def delta(self, epsilon: float) -> float:
+        """δ(ε) within ``RTOL``; ConvergenceError otherwise."""
+        return min(1.0, self.floor + math.exp(self._resolved(epsilon)[0]))
+
+    def epsilon(self, delta: float) -> float:
+        """Smallest ε >= 0 with δ(ε) <= ``delta``, rounded up; ``inf`` at or below the floor.
+
+        Unless it is 0, δ at the result lies between (1 - 3 RTOL) and (1 - RTOL) times ``delta``.
+        """
+        floor = self.floor
+        if delta * (1 - RTOL) <= floor:
+            return math.inf
+        # Logs of what may lie above the floor: δ itself may be subnormal.
+        goal = math.log(delta) + math.log1p(-floor / delta - RTOL)
+        gap = 1 - floor / delta - 3 * RTOL
+        least = math.log(delta) + math.log(gap) if gap > 0 else -math.inf
+        aim = (goal + least) / 2 if gap > 0 else goal - math.log(2)
+        low, high = 0.0, math.inf
+        epsilon, bias, checks = self._guess(delta), 0.0, 0
+        for turn in range(_NEWTON):
+            exact = checks > 1
+            value, above = self._resolved(epsilon) if exact else self._glance(epsilon)
+            value += 0.0 if exact else bias
+            if least <= value <= goal:
+                truth = value if exact else self._resolved(epsilon)[0]
+                if least <= truth <= goal:
+                    return epsilon
+                # What a glance misses hardly changes with ε; what it said before does not count.
+                bias, value, low, high = bias + truth - value, truth, 0.0, math.inf
+                checks += 1
+            if turn == 0 and value <= goal and self._glance(0.0)[0] <= goal + 1e-6:
+                if self._resolved(0.0)[0] <= goal:
+                    return 0.0
+                epsilon = 1e-9  # δ(0) is within rounding of the goal: start from there
+                continue
+            low, high = (epsilon, high) if value > goal else (low, epsilon)
+            # Newton in (log ε, log of what is above the floor): straight in a power-law tail.
+            step = math.inf if value > goal else -math.inf
+            if above > value > -math.inf:  # -d log δ / dε = P[L > ε]/δ - 1
+                step = (value - aim) / (math.expm1(min(above - value, 700.0)) * epsilon)
+            limit = math.log(_MAX_FACTOR)
+            guess = epsilon * math.exp(min(max(step, -limit), limit))
+            epsilon = guess if low < guess < high else (low + high) / 2
+        raise ConvergenceError(
+            f"The search for ε at δ = {delta!r} of the pair with {self._named()} did not end; no "
+            "value is returned. Please report the pair."
+        )
+
+    def _guess(self, delta: float) -> float:
+        """Loss at the quantile of R, with s² at its mean."""
+        g = self.cosine
+        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
+        if sine:
+            g += sine * float(special.stdtrit(self.rank, delta)) / math.sqrt(self.rank)
+        ratio = self.ratio * max(g, 1e-12)
+        k = self.in_features + self.rank - 1
+        loss = (self.rank - 1) * math.log(self.ratio)
+        loss += (self.in_features + 1 - self.rank) / 2 * math.log(ratio) + k / 2 * (1 / ratio - 1)
+        return min(max(loss, 1e-3), 1e300)
+
+    def _resolved(self, epsilon: float) -> tuple[float, float]:
+        """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over R > 0, checked."""
+        if abs(self.cosine) == 1:
+            return self._on_a_line(epsilon)
+        edges = self._edges(epsilon)
+        return self._adapt(epsilon, edges, *self._first_panels(edges))
+
+    def _glance(self, epsilon: float) -> tuple[float, float]:
+        """The same from the first panels, unchecked: a step of a search."""
+        if abs(self.cosine) == 1:
+            return self._on_a_line(epsilon)
+        edges = self._edges(epsilon)
+        log_d, log_p = self._panel_sums(epsilon, edges, *self._first_panels(edges))
+        return float(_logsumexp(log_d[None])[0]), float(_logsumexp(log_p[None])[0])
+
+    def _named(self) -> str:
+        return (
+            f"in_features={self.in_features}, rank={self.rank}, cosine={self.cosine!r}, "
+            f"norm ratio {self.ratio!r}"
+        )
+
+    def _on_a_line(self, epsilon: float) -> tuple[float, float]:
+        """As ``_resolved`` where R = ±ν surely; R = -ν has all in the floor."""
+        if self.cosine < 0 or self.ratio == 1:
+            return -math.inf, -math.inf
+        excess = np.array([self.ratio - 1.0])
+        log_d, log_p = self._inner(epsilon, np.array([self.ratio]), excess, np.zeros(1), 1)
+        return float(log_d[0]), float(log_p[0])
+
+    def _edges(self, epsilon: float) -> Array:
+        """Ends of the segments in u = θ - θ₀, R(u = 0) = 0, between which all is analytic."""
+        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
+        start = math.atan2(self.cosine, sine)  # -θ₀
+        points = [1.0 / self.ratio]
+        half = (self.in_features + 1 - self.rank) / 2
+        if half:
+            log_g = (epsilon - (self.rank - 1) * math.log(self.ratio)) / half
+            log_g -= math.log(self.ratio)
+            points.append(math.exp(min(log_g, 700.0)))
+        angles = [start + math.atan2(g - self.cosine, sine) for g in points]
+        end = start + math.pi / 2
+        return np.array(sorted({0.0, end, *(u for u in angles if 0 < u < end)}))
+
+    def _first_panels(self, edges: Array) -> tuple[Array, Array, Index]:
+        """Left and right ends, as fractions of a segment, and the segment each panel lies in."""
+        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
+        start = math.atan2(self.cosine, sine)
+        steps = np.arctan(_SCALES / math.sqrt(self.rank))
+        inner = start + np.concatenate([-steps[::-1], [0.0], steps])
+        low: list[float] = []
+        high: list[float] = []
+        segment: list[int] = []
+        for i, (a, b) in enumerate(itertools.pairwise(edges.tolist())):
+            cuts = (inner[(inner > a) & (inner < b)] - a) / (b - a)
+            points = [0.0, *cuts.tolist(), 1.0]
+            low += points[:-1]
+            high += points[1:]
+            segment += [i] * (len(points) - 1)
+        return np.array(low), np.array(high), np.array(segment)
+
+    def _adapt(
+        self, epsilon: float, edges: Array, low: Array, high: Array, segment: Index
+    ) -> tuple[float, float]:
+        """Halve panels until both halves agree with the whole."""
+        log_d, _ = self._panel_sums(epsilon, edges, low, high, segment)
+        settled_d: list[Array] = []
+        settled_p: list[Array] = []
+        for turn in range(1, _ROUNDS):
+            n, middle = len(low), (low + high) / 2
+            low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
+            segment = np.concatenate([segment, segment])
+            fine_d, fine_p = self._panel_sums(epsilon, edges, low, high, segment, turn)
+            halves = np.logaddexp(fine_d[:n], fine_d[n:])
+            total = float(_logsumexp(np.concatenate([*settled_d, fine_d])[None])[0])
+            if total == -math.inf:
+                return total, total
+            error = np.abs(np.exp(halves - total) - np.exp(log_d - total))
+            good = np.tile(error <= _AGREEMENT / 8, 2)  # few panels are near the limit at once
+            settled_d.append(fine_d[good])
+            settled_p.append(fine_p[good])
+            if good.all():
+                return total, float(_logsumexp(np.concatenate(settled_p)[None])[0])
+            low, high, segment, log_d = low[~good], high[~good], segment[~good], fine_d[~good]
+        raise ConvergenceError(
+            f"δ({epsilon!r}) of the pair with {self._named()} missed its tolerance {RTOL:g}; no "
+            "value is returned. Please report the pair."
+        )
+
+    def _panel_sums(
+        self,
+        epsilon: float,
+        edges: Array,
+        low: Array,
+        high: Array,
+        segment: Index,
+        turn: int = 0,
+    ) -> tuple[Array, Array]:
+        """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over each panel; ``turn`` picks the inner rule."""
+        if not low.size:
+            return np.zeros(0), np.zeros(0)
+        left, width = edges[segment], edges[segment + 1] - edges[segment]
+        half = 0.5 * (high - low) * width
+        u = (left + low * width)[:, None] + half[:, None] * (1 + _OUTER)
+        log_d, log_p = self._integrand(epsilon, u.ravel(), turn)
+        weight = np.log(half)[:, None] + np.log(_OUTER_WEIGHTS)
+        return (
+            _logsumexp(log_d.reshape(u.shape) + weight),
+            _logsumexp(log_p.reshape(u.shape) + weight),
+        )
+
+    def _integrand(self, epsilon: float, u: Array, turn: int) -> tuple[Array, Array]:
+        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
+        theta = u - math.atan2(self.cosine, sine)
+        cos_theta = np.cos(theta)
+        # Near R = 0 and near R = 1 each form keeps its relative precision.
+        ratio = self.ratio * np.sin(u) / cos_theta
+        excess = (self.ratio * (self.cosine - 1) + (self.ratio - 1)) + (
+            self.ratio * sine * np.tan(theta)
+        )
+        log_weight = np.full(u.shape, self._log_angle)
+        if self.rank > 1:
+            with np.errstate(divide="ignore"):  # sin θ may round to 1 where the density vanishes
+                log_weight += 0.5 * (self.rank - 1) * np.log1p(-np.square(np.sin(theta)))
+        return self._inner(epsilon, ratio, excess, log_weight, turn)
+
+    def _inner(
+        self, epsilon: float, ratio: Array, excess: Array, log_weight: Array, turn: int
+    ) -> tuple[Array, Array]:
+        """Logs of E[(1 - e^{ε-L})₊ | R] and P[L > ε | R], each plus ``log_weight``."""
+        m, r = self.in_features, self.rank
+        near = ratio > 0.5
+        tiny = np.finfo(np.float64).tiny
+        safe = np.maximum(ratio, tiny)
+        log_ratio = np.where(near, np.log1p(np.where(near, excess, 0.0)), np.log(safe))
+        shift = (r - 1) * math.log(self.ratio) + 0.5 * (m + 1 - r) * log_ratio - epsilon  # a - ε
+        slope = np.where(near, excess, ratio - 1.0) / safe  # 1 - 1/R, the sign of R - 1
+        log_d, log_p = np.full(ratio.shape, -math.inf), np.full(ratio.shape, -math.inf)
+        full = (slope <= 0) & (shift >= 0)
+        if full.any():
+            gap = epsilon + (r - 1) * (log_ratio[full] - math.log(self.ratio))
+            with np.errstate(divide="ignore"):
+                log_d[full] = np.log(-np.expm1(np.minimum(gap, 0.0)))
+            log_p[full] = 0.0
+        for below in (True, False):
+            part = (slope < 0) & (shift < 0) if below else (slope > 0) & (shift > 0)
+            if part.any():
+                rate = 0.5 * np.abs(slope[part])
+                log_d[part], log_p[part] = self._tail(shift[part], rate, turn, below=below)
+        return log_d + log_weight, log_p + log_weight
+
+    def _tail(self, shift: Array, rate: Array, turn: int, *, below: bool) -> tuple[Array, Array]:
+        """Logs of E (1 - e^{-rate |s²-x|}) and of P, over s² > x (``below`` R = 1) or s² < x."""
+        k = self.in_features + self.rank - 1
+        mode = math.sqrt(k - 1)
+        square = np.abs(shift) / rate  # x
+        edge = np.sqrt(square)
+        start = np.maximum(edge, mode) if below else np.minimum(edge, mode)
+        # Beyond ``start`` the log density falls at least like fall·w + curvature·w²/2, where the
+        # curvature 1 + (k-1)/s² is at least 2 below the mode and at least 1 above.
+        fall = np.abs(start - (k - 1) / np.maximum(start, 1e-300))
+        if below:
+            width = _DROP / (fall / 2 + np.sqrt(fall * fall / 4 + _DROP / 2))
+            curvature = 1 + (k - 1) / np.square(start + width)
+            width = _DROP / (fall / 2 + np.sqrt(fall * fall / 4 + curvature * _DROP / 2))
+            low = np.maximum(edge, mode - math.sqrt(_DROP))
+            high = start + width
+            cut = np.clip(np.sqrt(square + _DROP / rate), low, high)
+            ends = ((low, cut, True), (cut, high, False))
+        else:
+            width = _DROP / (fall / 2 + np.sqrt(fall * fall / 4 + _DROP))
+            low = np.maximum(start - width, 0.0)
+            high = np.minimum(edge, mode + math.sqrt(2 * _DROP))
+            cut = np.clip(np.sqrt(np.maximum(square - _DROP / rate, 0.0)), low, high)
+            ends = ((cut, high, True), (low, cut, False))
+        nodes, weights = _INNER[turn % 2]
+        reference = np.clip(mode, low, high)
+        peak = _log_chi(k, reference)
+        with_loss, without = np.zeros(edge.shape), np.zeros(edge.shape)
+        for a, b, near in ends:
+            half = 0.5 * (b - a)
+            live = half > 0
+            if not live.any():
+                continue
+            s = a[live, None] + half[live, None] * (1 + nodes)
+            weight = np.exp(_log_chi(k, s) - peak[live, None]) * weights
+            mass = half[live] * weight.sum(axis=1)
+            without[live] += mass
+            if near:
+                at = edge[live, None]
+                loss = -np.expm1(-rate[live, None] * np.abs((s - at) * (s + at)))
+                mass = half[live] * np.einsum("ij,ij->i", weight, loss)
+            with_loss[live] += mass  # beyond ``cut`` the factor is 1 - e^-30
+        with np.errstate(divide="ignore"):
+            base = self._log_chi + peak
+            return base + np.log(with_loss), base + np.log(without)
+
+
+def projected_sign_flip(rank: int, cosine: float) -> float:
+    """P[R <= 0] = P[(Av)·(Av') <= 0], relative precision kept down to 5e-324.
+
+    >>> projected_sign_flip(2, 0.0)
+    0.5
+    """
+    square = (1 - cosine) * (1 + cosine)
+    tail = 0.5 * float(special.betainc(rank / 2, 0.5, square))
+    return tail if cosine >= 0 else 1.0 - tail
+
+
+def _log_chi(k: int, s: Array) -> Array:
+    """Log of the χ_k density at ``s`` over that at its mode √(k-1)."""
+    if k == 1:
+        return -0.5 * s * s
+    mode = math.sqrt(k - 1)
+    t = (s - mode) / mode
+    with np.errstate(divide="ignore"):
+        return (k - 1) * (np.log1p(t) - t - 0.5 * t * t)
+
+
+def _log_chi_norm(k: int) -> float:
+    """Log of the χ_k density at its mode; lgamma would lose k ln k · eps."""
+    mode, reach = math.sqrt(k - 1), math.sqrt(2 * _DROP)
+    low, high = max(0.0, mode - reach), mode + reach
+    s = low + 0.5 * (high - low) * (1 + _FINE)
+    return -math.log(0.5 * (high - low) * float(np.exp(_log_chi(k, s)) @ _FINE_WEIGHTS))
+
+
+def _log_angle_norm(rank: int) -> float:
+    """Log of the density of θ at 0, which is ∝ cos^{r-1} θ."""
+    end = math.pi / 2
+    if rank > 1:
+        # ln cos θ <= -θ²/2, so this is where the density is e^-30.
+        end = min(end, math.sqrt(2 * _DROP / (rank - 1)))
+    theta = end * _FINE
+    log_density = 0.5 * (rank - 1) * np.log1p(-np.square(np.sin(theta)))
+    return -math.log(end * float(np.exp(log_density) @ _FINE_WEIGHTS))
+
+
+def _logsumexp(values: Array) -> Array:
+    peak = values.max(axis=1)
+    safe = np.where(np.isfinite(peak), peak, 0.0)
+    with np.errstate(divide="ignore"):
+        return safe + np.log(np.exp(values - safe[:, None]).sum(axis=1))

@@ -1,0 +1,153 @@
+"""What noise-free random projection does to one given pair of inputs. Never a guarantee.
+
+The mechanism is ``S -> AᵀA f(S)`` with A (rank, in_features) i.i.d. N(0, 1/rank), drawn for this
+release only and kept secret. Proofs are in docs/theory/projection-pairs.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NoReturn, get_args
+
+from lora_privacy import _validate
+from lora_privacy.dp._vector_loss import VectorLoss, projected_sign_flip
+from lora_privacy.dp.result import PairDivergence
+from lora_privacy.errors import UnsupportedEventError
+
+__all__ = ["Direction", "VectorProjection"]
+
+Direction = Literal["both", "forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class VectorProjection:
+    """Exact privacy profile of one pair v, v' under ``v -> AᵀA v``.
+
+    The profile depends on the pair through its cosine and its ratio of norms only. Its δ never
+    falls below P[(Av)·(Av') <= 0], which is positive unless v' = cv with c > 0.
+
+    Args:
+        in_features: Length m of the vectors, at least 1; at 1 the cosine is 1 or -1.
+        rank: Rows r of A, at least 1; it may exceed ``in_features``.
+        cosine: ρ = v·v' / (‖v‖‖v'‖), in [-1, 1].
+        norm_ratio: ν = ‖v'‖ / ‖v‖, positive. v' = 0 has no finite ε and is refused.
+
+    Raises:
+        TypeError: A size is no integer.
+        ValueError: An argument is out of range or NaN.
+
+    References:
+        docs/theory/projection-pairs.md, section 1; an upper bound for ν = 1 is Theorem 1 of
+        arXiv:2601.21719, corrected in ``vector_projection_bound``.
+
+    >>> round(VectorProjection(768, 8, 0.999).delta(1.0), 8)
+    0.00944582
+    """
+
+    in_features: int
+    rank: int
+    cosine: float
+    norm_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        m, r, cosine = check_pair(self.in_features, self.rank, self.cosine)
+        _validate.positive(
+            "norm_ratio", self.norm_ratio, "A zero vector is told from any other surely: ε = ∞."
+        )
+        if not 1e-100 < self.norm_ratio < 1e100:
+            raise ValueError(
+                f"norm_ratio must lie in (1e-100, 1e100), got {self.norm_ratio!r}: outside double "
+                "precision holds no profile."
+            )
+        object.__setattr__(self, "in_features", m)
+        object.__setattr__(self, "rank", r)
+        object.__setattr__(self, "cosine", cosine)
+        object.__setattr__(self, "norm_ratio", float(self.norm_ratio))
+
+    @property
+    def floor(self) -> float:
+        """P[(Av)·(Av') <= 0]: no ε brings δ below it."""
+        return projected_sign_flip(self.rank, self.cosine)
+
+    def delta(self, epsilon: float, direction: Direction = "both") -> float:
+        """Smallest δ at ``epsilon``, relative error at most 1e-10.
+
+        Args:
+            epsilon: ε >= 0, in nats.
+            direction: ``"forward"`` is v against v', ``"backward"`` v' against v, ``"both"`` the
+                larger one.
+
+        Raises:
+            ValueError: ``epsilon`` is negative, infinite or NaN, or the direction is unknown.
+            ConvergenceError: The quadrature missed its tolerance.
+        """
+        _validate.choice("direction", direction, get_args(Direction))
+        if not 0 <= epsilon < math.inf:
+            raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
+        values: list[float] = []
+        if direction != "backward":
+            values.append(self._loss(self.norm_ratio).delta(float(epsilon)))
+        if direction == "backward" or (direction == "both" and self.norm_ratio != 1):
+            values.append(self._loss(1 / self.norm_ratio).delta(float(epsilon)))
+        return max(values)
+
+    def epsilon(self, delta: float) -> PairDivergence:
+        """Smallest ε of each direction at ``delta``, rounded up; ``inf`` at or below the floor.
+
+        δ at a positive finite ε is below ``delta`` by a factor within 1 - 3e-10 and 1 - 1e-10.
+
+        Raises:
+            ValueError: ``delta`` is not in (0, 1).
+            ConvergenceError: The search or its quadrature missed its tolerance.
+        """
+        _validate.inside("delta", delta, 0, 1)
+        forward = self._loss(self.norm_ratio).epsilon(float(delta))
+        same = self.norm_ratio == 1
+        backward = forward if same else self._loss(1 / self.norm_ratio).epsilon(float(delta))
+        epsilon = max(forward, backward)
+        reason = None
+        if math.isinf(epsilon):
+            reason = (
+                f"with probability {self.floor:.3g}, not below δ, the output has a non-positive "
+                "product with v' that v' itself never gives"
+            )
+        return PairDivergence(
+            epsilon=epsilon,
+            forward=forward,
+            backward=backward,
+            delta=float(delta),
+            method="exact profile",
+            pair=(
+                f"vectors of length {self.in_features} with cosine {self.cosine!r} and norm ratio "
+                f"{self.norm_ratio!r}, projected at rank {self.rank}"
+            ),
+            references=("p2-projections-2026",),
+            reason=reason,
+        )
+
+    def rdp(self, orders: object = None) -> NoReturn:
+        """Refuse: no Rényi accountant can hold this mechanism.
+
+        Raises:
+            UnsupportedEventError: Always; the message says why, and what to use.
+        """
+        del orders
+        raise UnsupportedEventError(
+            "Every Rényi divergence of order 1 or more between the two outputs is infinite unless "
+            f"v' = cv with c > 0: with probability {self.floor:.3g} an output of v is one that v' "
+            "never gives. Use delta() and epsilon(), and compose privacy-loss distributions."
+        )
+
+    def _loss(self, ratio: float) -> VectorLoss:
+        return VectorLoss(self.in_features, self.rank, self.cosine, ratio)
+
+
+def check_pair(in_features: int, rank: int, cosine: float) -> tuple[int, int, float]:
+    """Return m, r and ρ; ValueError or TypeError unless they can belong to a pair of vectors."""
+    m = _validate.integer("in_features", in_features, 1)
+    r = _validate.integer("rank", rank, 1)
+    _validate.between("cosine", cosine, -1, 1)
+    if m == 1 and abs(cosine) != 1:
+        raise ValueError(f"cosine must be 1 or -1 when in_features = 1, got {cosine!r}.")
+    return m, r, float(cosine)
