@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from lora_privacy.cli import app
-from lora_privacy.dp import GaussianEvent, RdpAccountant, SampledGaussian
+from lora_privacy.dp import GaussianEvent, ProjectedGaussian, RdpAccountant, SampledGaussian
 
 RUN = ["--noise-multiplier", "1", "--sample-rate", "0.01", "--steps", "1000"]
 TARGET = ["--epsilon", "2", "--delta", "1e-5", "--accountant", "rdp"]
@@ -111,6 +111,35 @@ def test_what_is_left_out_is_searched(options: list[str], quantity: str, value: 
     assert done.output.startswith(f"{quantity.replace('_', ' ')} = {value} meets ε ≤ 2 at δ")
 
 
+def test_a_fresh_projection_costs_less_and_says_what_it_assumes() -> None:
+    """Pin of theory: 100 fresh steps at (768, 8), z = 1, δ = 1e-5 cost 4.882."""
+    run = ["--noise-multiplier", "1", "--sample-rate", "1", "--steps", "100", "--delta", "1e-5"]
+    done = call("account", *run, "--projected", "768:8", "--accountant", "rdp", "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.output)
+    assert answer["bound"]["epsilon"] == pytest.approx(4.882, abs=5e-4)
+    assert any("A is drawn anew" in text for text in answer["bound"]["assumptions"])
+    assert "fresh projection (768:8)" in answer["release"]
+
+
+def test_one_rank_for_all_layers_is_searched() -> None:
+    """A rank more misses the target, by the library."""
+    run = ["--noise-multiplier", "1", "--sample-rate", "1", "--steps", "100"]
+    done = call("calibrate", *TARGET, *run, "--projected", "768", "--projected", "512", "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.output)
+    rank = answer["value"]
+    assert answer["quantity"] == "rank"
+    assert f"(768:{rank}, 512:{rank})" in answer["release"]
+
+    def epsilon_at(wanted: int) -> float:
+        layers = ((768, wanted), (512, wanted))
+        event = ProjectedGaussian(layers=layers, noise_multiplier=1.0)
+        return RdpAccountant().compose(event, 100).epsilon(1e-5).epsilon
+
+    assert answer["bound"]["epsilon"] == epsilon_at(rank) <= 2 < epsilon_at(rank + 1)
+
+
 SAMPLED = ["--sample-rate", "0.01"]
 
 
@@ -174,6 +203,16 @@ SAMPLED = ["--sample-rate", "0.01"]
             "account",
             [*RUN, "--delta", "1e-5", "--plot", "curve.gif"],
             "must end in .png, .svg, .pdf",
+        ),
+        (
+            "account",
+            [*RUN, "--delta", "1e-5", "--projected", "8:768"],
+            "rank must be at most in_features",
+        ),
+        (
+            "calibrate",
+            [*TARGET, *SAMPLED, "--steps", "9", "--noise-multiplier", "1", "--projected", "8:2"],
+            "--projected must be in_features, such as 768, got '8:2'",
         ),
         ("calibrate", [*TARGET, *SAMPLED], "Leave out exactly one"),
         (

@@ -10,13 +10,14 @@ from lora_privacy.assess.tables import Table, number
 from lora_privacy.dp import (
     GaussianEvent,
     PrivacyBound,
+    ProjectedGaussian,
     RdpAccountant,
     SampledGaussian,
     calibrate,
+    calibrate_rank,
     calibrate_steps,
 )
 from lora_privacy.dp.curve import PrivacyCurve, privacy_curve
-from lora_privacy.dp.events import check_sample_rate
 from lora_privacy.dp.result import round_up
 from lora_privacy.errors import UnsupportedEventError
 from lora_privacy.references import cite
@@ -130,14 +131,19 @@ class ReleaseConfig:
 
     def __post_init__(self) -> None:
         _validate.choice("accountant", self.accountant, ACCOUNTANTS)
-        check_sample_rate(self.sample_rate)
 
     def empty(self) -> RdpAccountant:
         """The accountant before any release."""
         return RdpAccountant(self.adjacency)
 
-    def event(self, noise_multiplier: float) -> Event:
-        """One release."""
+    def event(self, noise_multiplier: float, rank: int | None = None) -> Event:
+        """One release; ``rank`` replaces that of every layer."""
+        if self.layers:
+            return ProjectedGaussian(
+                layers=tuple((m, r if rank is None else rank) for m, r in self.layers),
+                noise_multiplier=noise_multiplier,
+                sample_rate=self.sample_rate,
+            )
         if self.sample_rate == 1:
             return GaussianEvent(noise_multiplier)
         return SampledGaussian(noise_multiplier, self.sample_rate)
@@ -192,14 +198,22 @@ class ReleaseConfig:
                 "Leave out exactly one of --noise-multiplier, --steps and the rank in "
                 "--projected: it is what is searched."
             )
-        raise NotImplementedError
+        found = calibrate_rank(
+            lambda rank: self.event(noise_multiplier, rank),
+            epsilon=epsilon,
+            delta=delta,
+            steps=steps,
+            max_rank=min(in_features for in_features, _ in self.layers),
+            accountant=prover,
+        )
+        return Answer(found, self._release(noise_multiplier, int(found.value)), steps)
 
-    def _release(self, noise_multiplier: float) -> str:
+    def _release(self, noise_multiplier: float, rank: int | None = None) -> str:
         """One release in words."""
         parts = f"noise multiplier {noise_multiplier:g}, sampling rate {self.sample_rate:g}"
         if not self.layers:
             return f"Gaussian noise, {parts}"
-        shapes = ", ".join(f"{m}:{r}" for m, r in self.layers)
+        shapes = ", ".join(f"{m}:{r if rank is None else rank}" for m, r in self.layers)
         return f"Gaussian noise before a fresh projection ({shapes}), {parts}"
 
 

@@ -27,7 +27,7 @@ from lora_privacy.dp.attestation import (
     checked_layers,
 )
 from lora_privacy.dp.calibration import Accountant
-from lora_privacy.dp.events import SampledGaussian
+from lora_privacy.dp.events import Event, GaussianEvent, ProjectedGaussian, SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
 from lora_privacy.dp.result import ImpliedPrivacy, PrivacyBound
 from lora_privacy.errors import AttestationError, UnsupportedEventError
@@ -72,9 +72,6 @@ def register_projected(name: str, layers: Sequence[tuple[int, int]]) -> None:
     Raises:
         ValueError: ``layers`` is malformed, or Opacus has another accountant of this name.
     """
-    from lora_privacy.dp.pld import PldAccountant
-    from lora_privacy.dp.projected import ProjectedGaussian
-
     shapes = checked_layers(layers)
 
     def event_of(noise_multiplier: float, sample_rate: float) -> ProjectedGaussian:
@@ -83,7 +80,7 @@ def register_projected(name: str, layers: Sequence[tuple[int, int]]) -> None:
         )
 
     event_of(1.0, 1.0)  # refuses layers that the proof does not cover, before any run
-    make = functools.partial(ProjectedOpacusAccountant, name, shapes, PldAccountant(), event_of)
+    make = functools.partial(ProjectedOpacusAccountant, name, shapes, RdpAccountant(), event_of)
     _register(name, make)
 
 
@@ -263,6 +260,17 @@ class ProjectedOpacusAccountant(IAccountant):
         self._ledger = AttestedLedger.restored(state_dict, self.layers)
 
 
+def _history_entry(event: Event, count: int) -> tuple[float, float, int]:
+    if isinstance(event, GaussianEvent):
+        return event.noise_multiplier, 1.0, count
+    if isinstance(event, SampledGaussian):
+        return event.noise_multiplier, event.sample_rate, count
+    raise UnsupportedEventError(
+        f"Opacus has no history that means {type(event).__name__}: it would account it as a "
+        "plain Gaussian. Use register_projected."
+    )
+
+
 def projection_digest(matrices: Iterable[torch.Tensor]) -> str:
     """SHA-256 of the shapes, types and entries of one step's A's, for a ``ProjectionAttestation``.
 
@@ -371,14 +379,7 @@ def to_opacus(source: ImpliedPrivacy | RdpAccountant) -> OpacusRdpAccountant:
             )
         if not source.events:
             raise UnsupportedEventError("The accountant is empty: compose an event first.")
-        history = [
-            (
-                event.noise_multiplier,
-                event.sample_rate if isinstance(event, SampledGaussian) else 1.0,
-                count,
-            )
-            for event, count in source.events
-        ]
+        history = [_history_entry(event, count) for event, count in source.events]
     else:
         raise TypeError(
             f"source must be an ImpliedPrivacy or an RdpAccountant, got {type(source).__name__}."
