@@ -116,6 +116,48 @@ _ALL = (
         kind="inproceedings",
     ),
     Reference(
+        key="koskela-accountant-2020",
+        authors="Koskela, Antti and Jälkö, Joonas and Honkela, Antti",
+        title="Computing Tight Differential Privacy Guarantees Using FFT",
+        year=2020,
+        venue="AISTATS 2020, arXiv:1906.03049",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="doroshenko-dots-2022",
+        authors="Doroshenko, Vadym and Ghazi, Badih and Kamath, Pritish and Kumar, Ravi and "
+        "Manurangsi, Pasin",
+        title="Connect the Dots: Tighter Discrete Approximations of Privacy Loss Distributions",
+        year=2022,
+        venue="PoPETs 2022(4), arXiv:2207.04380",
+        kind="article",
+    ),
+    Reference(
+        key="zhu-dominating-2022",
+        authors="Zhu, Yuqing and Dong, Jinshuo and Wang, Yu-Xiang",
+        title="Optimal Accounting of Differential Privacy via Characteristic Function",
+        year=2022,
+        venue="AISTATS 2022, arXiv:2106.08567",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="dong-gaussian-2022",
+        authors="Dong, Jinshuo and Roth, Aaron and Su, Weijie J.",
+        title="Gaussian Differential Privacy",
+        year=2022,
+        venue="Journal of the Royal Statistical Society B 84(1), arXiv:1905.02383",
+        kind="article",
+    ),
+    Reference(
+        key="balle-wang-2018",
+        authors="Balle, Borja and Wang, Yu-Xiang",
+        title="Improving the Gaussian Mechanism for Differential Privacy: Analytical Calibration "
+        "and Optimal Denoising",
+        year=2018,
+        venue="ICML 2018, arXiv:1805.06530",
+        kind="inproceedings",
+    ),
+    Reference(
         key="abadi-dpsgd-2016",
         authors="Abadi, Martín and Chu, Andy and Goodfellow, Ian and McMahan, H. Brendan and "
         "Mironov, Ilya and Talwar, Kunal and Zhang, Li",

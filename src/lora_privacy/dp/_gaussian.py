@@ -1,0 +1,69 @@
+"""Composed plain Gaussians are one Gaussian: its exact δ(ε), ε(δ) and trade-off curve, rounded.
+
+μ² = Σ count · (distance / noise)²; Dong, Roth & Su, arXiv:1905.02383, Cor. 3.3 and 2.13.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+from lora_privacy.dp._profiles import SampledPair
+
+__all__ = ["delta_interval", "epsilon_interval", "trade_off"]
+
+Array = npt.NDArray[np.float64]
+
+_WIDTH = 1e-13  # of ε, where the search stops
+_ROUNDS = 2_000  # more than it takes to halve all doubles
+
+
+def delta_interval(low_mu: float, high_mu: float, epsilon: float) -> tuple[float, float]:
+    """Lower and upper end of δ at ``epsilon`` for a μ between two ends; ``inf`` is allowed."""
+    at = np.array([epsilon])
+    if math.isinf(high_mu):
+        return 0.0, 1.0
+    lower = float(SampledPair(low_mu, 1.0).line("remove", at, at)[0])
+    upper = float(SampledPair(high_mu, 1.0).upper("remove", at)[0])
+    return max(0.0, lower), min(1.0, upper)
+
+
+def epsilon_interval(low_mu: float, high_mu: float, delta: float) -> tuple[float, float]:
+    """Lower and upper end of the smallest ε at ``delta`` for a μ between two ends."""
+    if math.isinf(high_mu):
+        return 0.0, math.inf
+
+    def search(end: int) -> tuple[float, float]:
+        """Bisect on one end of δ(ε): an ε where it is above ``delta``, one where it is not."""
+
+        def allowed(epsilon: float) -> bool:
+            return delta_interval(low_mu, high_mu, epsilon)[end] <= delta
+
+        if allowed(0.0):
+            return 0.0, 0.0
+        low, high = 0.0, high_mu * (high_mu / 2 + 40.0)
+        while not allowed(high):
+            low, high = high, 2 * high
+        for _ in range(_ROUNDS):
+            if high - low <= _WIDTH * high:
+                break
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if allowed(middle) else (middle, high)
+        return low, high
+
+    return search(0)[0], search(1)[1]
+
+
+def trade_off(high_mu: float, fpr: Array) -> Array:
+    """Lower end of the smallest false negative rate, Φ(Φ⁻¹(1 - fpr) - μ)."""
+    if math.isinf(high_mu):
+        return np.where(fpr > 0, 0.0, 1.0)
+    inside = np.clip(fpr, 1e-300, 1 - 1e-16)
+    quantile = -special.ndtri(inside)
+    # Rounding of the quantile and of the difference, then of the tail.
+    slack = 1e-14 * (np.abs(quantile) + 1 + high_mu)
+    value = special.ndtr(quantile - high_mu - slack) * (1 - 1e-13)
+    return np.where(fpr >= 1, 0.0, np.where(fpr <= 0, 1.0, value))
