@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from lora_privacy.dp.implicit import implied_noise_multiplier, implied_privacy
     from lora_privacy.dp.pairwise import VectorProjection
+    from lora_privacy.dp.pld import PldAccountant
     from lora_privacy.dp.rdp import (
         RdpAccountant,
         event_rdp,
@@ -47,6 +48,7 @@ __all__ = [
     "GaussianEvent",
     "ImpliedPrivacy",
     "PairDivergence",
+    "PldAccountant",
     "PrivacyBound",
     "ProjectedGaussian",
     "ProjectionAttestation",
@@ -75,6 +77,7 @@ __getattr__, __dir__ = attach(
         "GaussianEvent": "events",
         "ImpliedPrivacy": "result",
         "PairDivergence": "result",
+        "PldAccountant": "pld",
         "PrivacyBound": "result",
         "ProjectionAttestation": "attestation",
         "ProjectedGaussian": "projected",
