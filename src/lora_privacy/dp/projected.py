@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
-from lora_privacy.dp import _projected_rdp
+from lora_privacy.dp import _majorant, _projected_rdp
 from lora_privacy.dp._checks import check_noise_multiplier, check_sample_rate
-from lora_privacy.dp.result import ADJACENCIES, Adjacency
+from lora_privacy.dp._conversion import least_epsilon, least_log_delta
+from lora_privacy.dp._profiles import DIRECTIONS, Direction, Profile
+from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
 
 __all__ = ["ProjectedGaussian"]
@@ -20,6 +23,9 @@ __all__ = ["ProjectedGaussian"]
 Array = npt.NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)
+_EPSILON_RTOL = 1e-10
+_LARGEST_EPSILON = 1e300
+_MAX_KNOTS = 2048  # of a profile; a tenth of a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,144 @@ class ProjectedGaussian:
         noise = self._effective_noise(adjacency)
         moments = _projected_rdp.log_moment(self.layers, noise, self.sample_rate, wanted)
         return np.nextafter(moments / (wanted - 1) * (1 + 4 * _EPS), np.inf)
+
+    def profile(self, direction: Direction) -> Profile:
+        """Upper bound of δ at each ε >= 0 for every record, one step, add/remove.
+
+        It dominates one step whatever the record, so accountants of loss distributions may compose
+        it: the greatest convex minorant of it is the profile of one dominating pair.
+
+        Args:
+            direction: ``"remove"``: record in, against record out; ``"add"``: the reverse.
+
+        Raises:
+            ValueError: ``direction`` is neither; from the profile, an ε is negative or not finite.
+        """
+        _validate.choice("direction", direction, DIRECTIONS)
+
+        def upper(epsilons: Array, /) -> Array:
+            wanted = np.asarray(epsilons, dtype=np.float64)
+            if not np.all((wanted >= 0) & np.isfinite(wanted)):
+                raise ValueError(f"epsilons must be finite and at least 0, got {epsilons!r}.")
+            return self._curve(direction, wanted.ravel()).reshape(wanted.shape)
+
+        return upper
+
+    def delta(self, epsilon: float, *, adjacency: Adjacency = "add-remove") -> PrivacyBound:
+        """Smallest δ proved for one step at ``epsilon``, rounded up; ``method`` says by what.
+
+        Raises:
+            ValueError: ``epsilon`` is negative, infinite or NaN.
+            UnsupportedEventError: There is no proof under this adjacency.
+        """
+        if not 0 <= epsilon < math.inf:
+            raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
+        noise, epsilon = self._effective_noise(adjacency), float(epsilon)
+        value, method = self._exact(noise, epsilon)
+        low = least_log_delta(self._cost(adjacency), self._start(noise), epsilon, None)[0]
+        if low < math.log(value):
+            value, method = math.nextafter(math.exp(low), 2.0), "rdp"
+        return self._bound(epsilon, min(value, 1.0), adjacency, method)
+
+    def epsilon(self, delta: float, *, adjacency: Adjacency = "add-remove") -> PrivacyBound:
+        """Smallest ε proved for one step at ``delta``, rounded up; ``method`` says by what.
+
+        Raises:
+            ValueError: ``delta`` is not in (0, 1).
+            UnsupportedEventError: There is no proof under this adjacency.
+        """
+        _validate.inside("delta", delta, 0, 1, "Gaussian noise gives no finite ε at δ = 0.")
+        noise, delta = self._effective_noise(adjacency), float(delta)
+        value, method = self._search(noise, delta)
+        other = float(least_epsilon(self._cost(adjacency), self._start(noise), delta, None)[0])
+        if other < value:
+            value, method = other, "rdp"
+        return self._bound(value, delta, adjacency, method)
+
+    def _search(self, noise: float, delta: float) -> tuple[float, str]:
+        """Smallest ε at which the profile is at most ``delta``, and the bound that says so."""
+        value, method = self._exact(noise, 0.0)
+        if value <= delta:
+            return 0.0, method
+        low, high = 0.0, 1.0
+        while self._exact(noise, high)[0] > delta:
+            low, high = high, 4 * high
+            if high > _LARGEST_EPSILON:
+                return math.inf, "convex majorant"
+        while high - low > _EPSILON_RTOL * high:
+            middle = (low + high) / 2
+            value, label = self._exact(noise, middle)
+            if value <= delta:
+                high, method = middle, label
+            else:
+                low = middle
+        return high, method
+
+    def _exact(self, noise: float, epsilon: float) -> tuple[float, str]:
+        """δ at one ε, the larger of both directions, and the bound that says so."""
+        at = np.array([epsilon])
+        value, method = 0.0, "convex majorant"
+        for direction in DIRECTIONS if self.sample_rate < 1 else DIRECTIONS[:1]:
+            found, plain = _majorant.upper_profile(
+                self.layers, noise, self.sample_rate, direction, at, _majorant.FINE
+            )
+            if found[0] > value:
+                value = float(found[0])
+                method = "convex majorant" if found[0] < plain[0] else "plain Gaussian"
+        return value, method
+
+    def _curve(self, direction: Direction, epsilons: Array) -> Array:
+        """The profile at many ε; where they are very many, chords of it in e^ε."""
+        knots = epsilons
+        if len(epsilons) > _MAX_KNOTS:
+            knots = np.unique(epsilons)
+            if len(knots) > _MAX_KNOTS:
+                knots = knots[np.linspace(0, len(knots) - 1, _MAX_KNOTS).astype(np.intp)]
+        values, _ = _majorant.upper_profile(
+            self.layers,
+            self.noise_multiplier,
+            self.sample_rate,
+            direction,
+            knots,
+            _majorant.COARSE,
+        )
+        if knots is epsilons:
+            return values
+        # The true worst case is convex in e^ε, so chords of an upper bound are above it.
+        after = np.clip(np.searchsorted(knots, epsilons), 1, len(knots) - 1)
+        low, high = knots[after - 1], knots[after]
+        share = np.exp(epsilons - high) * np.expm1(low - epsilons) / np.expm1(low - high)
+        chord = values[after - 1] + share * (values[after] - values[after - 1])
+        return np.minimum(1.0, chord * (1 + 16 * _EPS))
+
+    def _cost(self, adjacency: Adjacency) -> Callable[[npt.NDArray[np.int64], Array], Array]:
+        return lambda _rows, orders: self.rdp(orders, adjacency=adjacency)
+
+    def _start(self, noise: float) -> Array:
+        """Divergence at order 1 without sampling, about: where the search over orders starts."""
+        share = max(rank / features for features, rank in self.layers)
+        return np.array([min(max(0.5 * share / noise / noise, 1e-300), 1e300)])
+
+    def _bound(
+        self, epsilon: float, delta: float, adjacency: Adjacency, method: str
+    ) -> PrivacyBound:
+        reason = None
+        if math.isinf(epsilon):
+            reason = "no ε below 1e300 is proved: the noise is too small for double precision."
+        elif delta == 1:
+            reason = f"no δ below 1 is proved at ε = {epsilon!r}."
+        references = self.references
+        if method == "rdp":
+            references = (*references, "canonne-discrete-2020")
+        return PrivacyBound(
+            epsilon=epsilon,
+            delta=delta,
+            adjacency=adjacency,
+            method=method,
+            assumptions=self.assumptions,
+            references=references,
+            reason=reason,
+        )
 
     def _effective_noise(self, adjacency: Adjacency) -> float:
         """Noise in units of the largest norm by which V can move."""
