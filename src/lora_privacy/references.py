@@ -215,6 +215,14 @@ _ALL = (
         kind="article",
     ),
     Reference(
+        key="gil-renyi-2013",
+        authors="Gil, Manuel and Alajaji, Fady and Linder, Tamás",
+        title="Rényi divergence measures for commonly used univariate continuous distributions",
+        year=2013,
+        venue="Information Sciences 249",
+        kind="article",
+    ),
+    Reference(
         key="muirhead-1982",
         authors="Muirhead, Robb J.",
         title="Aspects of Multivariate Statistical Theory",

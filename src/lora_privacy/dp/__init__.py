@@ -15,14 +15,17 @@ if TYPE_CHECKING:
         calibrate_rank,
         calibrate_steps,
     )
+    from lora_privacy.dp.curve import PrivacyCurve, privacy_curve
     from lora_privacy.dp.events import (
         Event,
         GaussianEvent,
         ProjectedGaussian,
         SampledGaussian,
     )
+    from lora_privacy.dp.families import VectorFamily
     from lora_privacy.dp.implicit import implied_noise_multiplier, implied_privacy
-    from lora_privacy.dp.pairwise import VectorProjection
+    from lora_privacy.dp.matrix_pairs import SketchRelease, matrix_projection
+    from lora_privacy.dp.pairwise import VectorProjection, vector_projection_bound
     from lora_privacy.dp.pld import PldAccountant
     from lora_privacy.dp.rdp import (
         RdpAccountant,
@@ -50,10 +53,13 @@ __all__ = [
     "PairDivergence",
     "PldAccountant",
     "PrivacyBound",
+    "PrivacyCurve",
     "ProjectedGaussian",
     "ProjectionAttestation",
     "RdpAccountant",
     "SampledGaussian",
+    "SketchRelease",
+    "VectorFamily",
     "VectorProjection",
     "calibrate",
     "calibrate_rank",
@@ -61,8 +67,11 @@ __all__ = [
     "event_rdp",
     "implied_noise_multiplier",
     "implied_privacy",
+    "matrix_projection",
+    "privacy_curve",
     "sampled_gaussian_bounds",
     "sampled_gaussian_rdp",
+    "vector_projection_bound",
 ]
 
 __getattr__, __dir__ = attach(
@@ -79,10 +88,13 @@ __getattr__, __dir__ = attach(
         "PairDivergence": "result",
         "PldAccountant": "pld",
         "PrivacyBound": "result",
-        "ProjectionAttestation": "attestation",
+        "PrivacyCurve": "curve",
         "ProjectedGaussian": "projected",
+        "ProjectionAttestation": "attestation",
         "RdpAccountant": "rdp",
         "SampledGaussian": "events",
+        "SketchRelease": "matrix_pairs",
+        "VectorFamily": "families",
         "VectorProjection": "pairwise",
         "calibrate": "calibration",
         "calibrate_rank": "calibration",
@@ -90,7 +102,10 @@ __getattr__, __dir__ = attach(
         "event_rdp": "rdp",
         "implied_noise_multiplier": "implicit",
         "implied_privacy": "implicit",
+        "privacy_curve": "curve",
+        "matrix_projection": "matrix_pairs",
         "sampled_gaussian_bounds": "rdp",
         "sampled_gaussian_rdp": "rdp",
+        "vector_projection_bound": "pairwise",
     },
 )

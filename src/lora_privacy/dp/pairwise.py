@@ -10,14 +10,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NoReturn, get_args
 
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
 from lora_privacy import _validate
 from lora_privacy.dp._vector_loss import VectorLoss, projected_sign_flip
 from lora_privacy.dp.result import PairDivergence
 from lora_privacy.errors import UnsupportedEventError
 
-__all__ = ["Direction", "VectorProjection"]
+__all__ = ["Direction", "Shape", "VectorProjection", "vector_projection_bound"]
 
 Direction = Literal["both", "forward", "backward"]
+Shape = Literal["sharper", "published"]
+
+# Quantiles are moved outwards by far more than their error, so that ε is never too small.
+_QUANTILE_SLACK = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +147,74 @@ class VectorProjection:
 
     def _loss(self, ratio: float) -> VectorLoss:
         return VectorLoss(self.in_features, self.rank, self.cosine, ratio)
+
+
+def vector_projection_bound(
+    in_features: int, rank: int, cosine: float, delta: float, *, shape: Shape = "sharper"
+) -> PairDivergence:
+    """Closed upper bound on ε of one pair of equal norms: Theorem 1 of P2, corrected.
+
+    With δ' = δ/3, t and X the quantiles of t_r and χ²_{m+r-1} at 1 - δ', K = t √((1-ρ²)/r) and
+    c = (m-r+1)/2, it is ``max(c ln(ρ-K) + (1-ρ+K) X / (2(ρ-K)), max(c, 0) ln⁺(ρ+K), 0)``. It needs
+    ρ > K. ``VectorProjection`` computes the exact ε, which is smaller.
+
+    Args:
+        in_features: Length m of the vectors, at least 1.
+        rank: Rows r of A, at least 1.
+        cosine: ρ, in [-1, 1].
+        delta: δ, in (0, 1), split in three equal parts.
+        shape: ``"published"`` has c ln(ρ+K) in place of c ln(ρ-K). It is proved for
+            rank <= in_features + 1 only, and looser there.
+
+    Raises:
+        TypeError: A size is no integer.
+        ValueError: An argument is out of range, or the published shape was asked for beyond
+            rank = in_features + 1, where it is false.
+
+    References:
+        arXiv:2601.21719, Theorem 1; the correction is proved in docs/theory/projection-pairs.md,
+        section 2.
+
+    >>> round(vector_projection_bound(400, 100, 0.5, 0.01).epsilon, 1)
+    635.3
+    """
+    m, r, rho = check_pair(in_features, rank, cosine)
+    _validate.inside("delta", delta, 0, 1)
+    _validate.choice("shape", shape, get_args(Shape))
+    c = (m - r + 1) / 2
+    if shape == "published" and c < 0:
+        raise ValueError(
+            f"shape='published' is false for rank > in_features + 1, got rank = {r} and "
+            f"in_features = {m}: c = {c:g} is negative there and ln R is bounded from the wrong "
+            "side. Use shape='sharper'."
+        )
+    third = float(delta) / 3
+    t = -float(special.stdtrit(r, third)) * (1 + _QUANTILE_SLACK)
+    x = 2 * float(special.gammainccinv((m + r - 1) / 2, third)) * (1 + _QUANTILE_SLACK)
+    reach = t * math.sqrt((1 - rho) * (1 + rho) / r)  # K
+    low, high = rho - reach, rho + reach
+    epsilon, reason = math.inf, None
+    if low > 0:
+        log_ratio = math.log(high if shape == "published" else low)
+        epsilon = max(c * log_ratio + (1 - low) * x / (2 * low), 0.0)
+        if shape == "sharper":
+            epsilon = max(epsilon, max(c, 0.0) * math.log(max(high, 1.0)))
+        epsilon *= 1 + 1e-14
+    else:
+        reason = (
+            f"the theorem needs cosine > K, and K = {reach:.4g}; VectorProjection computes the "
+            "exact ε"
+        )
+    return PairDivergence(
+        epsilon=epsilon,
+        forward=epsilon,
+        backward=epsilon,
+        delta=float(delta),
+        method=f"upper bound, P2 Theorem 1, corrected ({shape} shape)",
+        pair=(f"vectors of length {m} with cosine {rho!r} and equal norms, projected at rank {r}"),
+        references=("p2-projections-2026",),
+        reason=reason,
+    )
 
 
 def check_pair(in_features: int, rank: int, cosine: float) -> tuple[int, int, float]:
