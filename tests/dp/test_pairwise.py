@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from lora_privacy.dp import PairDivergence, RdpAccountant, VectorProjection
+from lora_privacy.dp import (
+    PairDivergence,
+    RdpAccountant,
+    VectorProjection,
+    vector_projection_bound,
+)
 from lora_privacy.errors import UnsupportedEventError
 from lora_privacy.noise import RowNoise
 
@@ -235,6 +241,73 @@ def test_extremes_are_solved(pair: tuple[int, int, float, float], delta: float) 
     assert law.delta(found.forward * 0.999, "forward") > delta * 0.99
 
 
+BOUNDS = [
+    (100, 0.5, 792.6, 635.3, 418.1),
+    (100, 0.9, 86.5, 45.9, 30.11),
+    (200, 0.5, 660.4, 590.2, None),
+    (200, 0.9, 77.3, 58.4, None),
+    (400, 0.5, 737.5, 737.3, 609.5),
+    (400, 0.9, 86.4, 86.4, 71.03),
+]
+
+
+@pytest.mark.parametrize(("rank", "cosine", "published", "sharper", "exact"), BOUNDS)
+def test_closed_bound_meets_its_pins(
+    rank: int, cosine: float, published: float, sharper: float, exact: float | None
+) -> None:
+    """At m = 400, δ = .01: both shapes, and the exact ε below them, to the digits printed."""
+    wide = vector_projection_bound(400, rank, cosine, 0.01, shape="published").epsilon
+    close = vector_projection_bound(400, rank, cosine, 0.01).epsilon
+    found = VectorProjection(400, rank, cosine).epsilon(0.01).epsilon
+    assert wide == pytest.approx(published, rel=0, abs=0.051)
+    assert close == pytest.approx(sharper, rel=0, abs=0.051)
+    assert found <= close <= wide
+    if exact is not None:
+        assert found == pytest.approx(exact, rel=2e-4)
+
+
+def test_the_printed_constant_is_false() -> None:
+    """With c = (m+r-1)/2 the theorem claims ε = 545.6 where the true δ is .0415, not .01."""
+    m = r = 400
+    rho, third = 0.5, 0.01 / 3
+    k = m + r - 1
+    x, t = stats.chi2.isf(third, k), stats.t.isf(third, r)
+    reach = t * math.sqrt((1 - rho**2) / r)
+    wrong = k / 2 * math.log(rho + reach) + (1 - rho + reach) * x / (2 * (rho - reach))
+    assert wrong == pytest.approx(545.6, abs=0.1)
+    assert VectorProjection(m, r, rho).delta(wrong) == pytest.approx(0.0415, abs=1e-4)
+    ours = vector_projection_bound(m, r, rho, 0.01).epsilon
+    assert VectorProjection(m, r, rho).delta(ours) < 0.01
+
+
+def test_the_published_shape_is_false_for_large_ranks() -> None:
+    """It is refused beyond rank = m + 1, where a pair exceeds it; the sharper shape holds."""
+    m, r, rho, third = 2, 400, 0.9999, 0.01 / 3
+    x, t = stats.chi2.isf(third, m + r - 1), stats.t.isf(third, r)
+    reach = t * math.sqrt((1 - rho**2) / r)
+    c = (m - r + 1) / 2
+    wrong = c * math.log(rho + reach) + (1 - rho + reach) * x / (2 * (rho - reach))
+    law = VectorProjection(m, r, rho)
+    assert law.delta(max(wrong, 0.0)) > 0.01
+    with pytest.raises(ValueError, match=r"false for rank > in_features \+ 1"):
+        vector_projection_bound(m, r, rho, 0.01, shape="published")
+    assert law.delta(vector_projection_bound(m, r, rho, 0.01).epsilon) <= 0.01
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 800), st.integers(1, 800), st.floats(0.3, 1), st.floats(1e-9, 0.5))
+def test_closed_bound_lies_above_the_exact_profile(
+    m: int, r: int, cosine: float, delta: float
+) -> None:
+    """For all shapes of A, on either side of ρ + K = 1."""
+    bound = vector_projection_bound(m, r, cosine, delta)
+    if math.isinf(bound.epsilon):
+        assert "cosine > K" in str(bound)
+        return
+    assert VectorProjection(m, r, cosine).delta(bound.epsilon) <= delta
+    assert bound.epsilon == bound.forward == bound.backward
+
+
 def test_rényi_accounting_is_refused() -> None:
     """By the pair, with the reason, and by the accountant."""
     with pytest.raises(UnsupportedEventError, match=r"infinite unless v' = cv.*privacy-loss"):
@@ -276,6 +349,11 @@ def test_arguments_of_the_profile_are_checked() -> None:
             law.delta(epsilon)
     with pytest.raises(ValueError, match="direction must be one of"):
         law.delta(1.0, "up")  # pyright: ignore
+    for arguments in ((768, 8, 0.9, 1.0), (768, 8, 0.9, math.nan), (768, 8, 1.5, 0.1)):
+        with pytest.raises(ValueError, match="must lie in"):
+            vector_projection_bound(*arguments)
+    with pytest.raises(ValueError, match="shape must be one of"):
+        vector_projection_bound(768, 8, 0.9, 0.1, shape="printed")  # pyright: ignore
     with pytest.raises(TypeError, match="rank must be an integer"):
         VectorProjection(768, 8.0, 0.999)  # pyright: ignore
 
