@@ -9,7 +9,7 @@ are in docs/theory/pld.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,12 +35,13 @@ Part = tuple[Measure, int]
 """A release and how often it happens."""
 
 _EPS = float(np.finfo(np.float64).eps)
-MAX_WINDOW = 1 << 22
+MAX_WINDOW = 1 << 21
 # Each stage of the transform multiplies by a rounded root of unity and adds: less than 5 units.
 _STAGE = 5.0
 _SPREADS = np.array([1.0, 2.0, 4.0, 6.0, 8.0, 12.0])  # tilts tried for the tails, in 1/deviation
 _TAIL = 1e-9  # mass left outside the window, in the tilted law
 _LADDER: Array = np.exp2(np.arange(-30, 61) / 2.0)  # tilts tried for the best one
+_BLOCK = 1 << 21  # elements of one work array
 _CAP = 650.0  # exponents beyond it are not needed: δ is 1 there
 
 
@@ -90,7 +91,8 @@ class Curve:
             return float(self.deltas[-1]) if self.upper else 0.0
         share = math.expm1((place - k) * self.step) / math.expm1(self.step)
         # The place is rounded; a cell is far wider than that.
-        share = share - 1e-9 if self.upper else share + 1e-9
+        margin = 1e-9 + 8 * _EPS * (abs(self.shift) + epsilon) / self.step
+        share = share - margin if self.upper else share + margin
         left, right = float(self.deltas[k]), float(self.deltas[k + 1])
         return max(0.0, min(1.0, left + min(1.0, max(0.0, share)) * (right - left)))
 
@@ -115,30 +117,48 @@ class Curve:
 def log_moments(parts: Sequence[Part], tilts: Array) -> Array:
     """Σ count · log Σ mass_k e^{tilt·k·step}, one value a tilt; ``inf`` where it overflows.
 
-    The infinite loss is left out.
+    The infinite loss and the offsets are left out.
     """
-    largest = max(part.half for part, _ in parts)
-    losses = parts[0][0].step * np.arange(-largest, largest + 1)
+    first = min(part.first for part, _ in parts)
+    longest = max(part.last for part, _ in parts) + 1 - first
+    if len(tilts) > 1 and len(tilts) * longest > _BLOCK:
+        return np.concatenate([log_moments(parts, tilt) for tilt in tilts[:, None]])
+    losses = parts[0][0].step * np.arange(first, first + longest)
     total = np.zeros(len(tilts))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         factors = np.exp(tilts[:, None] * losses)
         for part, count in parts:
-            inner = factors[:, largest - part.half : largest + part.half + 1]
+            inner = factors[:, part.first - first : part.last - first + 1]
             total += count * np.log(inner @ part.masses)
     return np.where(np.isnan(total), np.inf, total)
 
 
+def offsets(parts: Sequence[Part]) -> float:
+    """Σ count · offset."""
+    return math.fsum(count * part.offset for part, count in parts)
+
+
 def chernoff_epsilon(parts: Sequence[Part], delta: float) -> tuple[float, float]:
     """ε that the moments prove at ``delta``, infinite loss left out, and its tilt."""
-    moments = log_moments(parts, _LADDER)
-    values = (moments - math.log(delta) + _log_peak(_LADDER)) / _LADDER
-    best = int(np.argmin(values))
-    return float(values[best]), float(_LADDER[best])
+
+    def epsilons(tilts: Array) -> Array:
+        return (log_moments(parts, tilts) - math.log(delta) + _log_peak(tilts)) / tilts
+
+    return _least(epsilons)
 
 
 def best_tilt(parts: Sequence[Part], epsilon: float) -> float:
     """The tilt whose moment proves the least δ at ``epsilon``."""
-    return float(_LADDER[int(np.argmin(log_deltas(parts, _LADDER, epsilon)))])
+    return _least(lambda tilts: log_deltas(parts, tilts, epsilon))[1]
+
+
+def _least(objective: Callable[[Array], Array]) -> tuple[float, float]:
+    """Least value on the ladder of tilts, and its tilt; every sixth first, then its neighbours."""
+    coarse = 6 * int(np.argmin(objective(_LADDER[::6])))
+    near = _LADDER[max(0, coarse - 5) : coarse + 6]
+    values = objective(near)
+    best = int(np.argmin(values))
+    return float(values[best]), float(near[best])
 
 
 def log_deltas(parts: Sequence[Part], tilts: Array, epsilon: float) -> Array:
@@ -146,16 +166,13 @@ def log_deltas(parts: Sequence[Part], tilts: Array, epsilon: float) -> Array:
     return log_moments(parts, tilts) - tilts * epsilon + _log_peak(tilts)
 
 
-def compose(
-    parts: Sequence[Part], tilt: float, *, upper: bool, shift: float = 0.0
-) -> Curve | None:
+def compose(parts: Sequence[Part], tilt: float, *, upper: bool) -> Curve | None:
     """The curve δ(ε) of all ``parts`` together, or None if the window would be too large.
 
     Args:
         parts: Measures on one grid, with counts.
         tilt: λ >= 0; the result is most accurate near the mean of the tilted losses.
         upper: Whether to round up (measures above) or down (measures below).
-        shift: Added to ε, see ``Curve``.
     """
     step = parts[0][0].step
     window = _window(parts, tilt)
@@ -170,13 +187,13 @@ def compose(
     log_scale, drift, gain = 0.0, 0.0, 0.0
     infinite = 0.0
     for part, count in parts:
-        exponent = tilt * step * np.arange(-part.half, part.half + 1)
+        exponent = tilt * step * np.arange(part.first, part.last + 1)
         peak = max(0.0, float(exponent[-1]) - _CAP)
         masses = part.masses * np.exp(exponent - peak)
         mass = float(masses.sum())
         log_scale += count * (math.log(mass) + peak)
-        drift += count * _EPS * (8 + abs(float(exponent[-1])) + abs(math.log(mass)))
-        transformed = fft.rfft(_folded(masses / mass, part.half, size))
+        drift += count * _EPS * (8 + float(np.abs(exponent).max()) + abs(math.log(mass)))
+        transformed = fft.rfft(_folded(masses / mass, part.first, size))
         spectrum *= _power(transformed, count)
         largest *= _power(np.abs(transformed) + error, count)
         infinite += count * part.infinite
@@ -206,12 +223,12 @@ def compose(
         wrapped = np.exp(np.minimum(log_weight + _log_peak(np.array([tilt])) + log_outside, _CAP))
         deltas = deltas * math.exp(-min(relative, 700.0)) - 1.01 * wrapped
     deltas = np.clip(deltas, 0.0, 1.0)
-    return Curve(step, first, deltas, upper, shift)
+    return Curve(step, first, deltas, upper, offsets(parts))
 
 
-def _folded(masses: Array, half: int, size: int) -> Array:
-    """Masses of the losses -half … half by index modulo ``size``."""
-    start = -half % size
+def _folded(masses: Array, first: int, size: int) -> Array:
+    """Masses of the losses from ``first`` on by index modulo ``size``."""
+    start = first % size
     padded = np.zeros(math.ceil((start + len(masses)) / size) * size)
     padded[start : start + len(masses)] = masses
     return padded.reshape(-1, size).sum(axis=0)
@@ -241,7 +258,7 @@ def _window(parts: Sequence[Part], tilt: float) -> tuple[int, int, float, float]
     step = parts[0][0].step
     mean = variance = 0.0
     for part, count in parts:
-        losses = step * np.arange(-part.half, part.half + 1)
+        losses = step * np.arange(part.first, part.last + 1)
         weights = part.masses * np.exp(np.minimum(tilt * losses, _CAP))
         mass = float(weights.sum())
         middle = float(weights @ losses) / mass

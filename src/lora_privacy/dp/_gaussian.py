@@ -26,7 +26,7 @@ def delta_interval(low_mu: float, high_mu: float, epsilon: float) -> tuple[float
     at = np.array([epsilon])
     if math.isinf(high_mu):
         return 0.0, 1.0
-    lower = float(SampledPair(low_mu, 1.0).line("remove", at, at)[0])
+    lower = float(SampledPair(low_mu, 1.0).lines(at, (np.ones(1),))[0][0])
     upper = float(SampledPair(high_mu, 1.0).upper("remove", at)[0])
     return max(0.0, lower), min(1.0, upper)
 

@@ -10,7 +10,7 @@ Proofs are in docs/theory/pld.md.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,18 +34,22 @@ class Measure:
 
     Attributes:
         step: Distance of two losses, a double with few bits, so that multiples are exact.
-        masses: Shape (2K+1,), of the losses -K·step … K·step, >= 0.
+        first: Index of the first loss: loss i is (first + i)·step + offset.
+        masses: >= 0.
         infinite: Mass of the infinite loss, >= 0.
+        offset: Added to every loss, so that it need not be a multiple of the step.
     """
 
     step: float
+    first: int
     masses: Array
-    infinite: float
+    infinite: float = 0.0
+    offset: float = 0.0
 
     @property
-    def half(self) -> int:
-        """K."""
-        return len(self.masses) // 2
+    def last(self) -> int:
+        """Index of the last loss."""
+        return self.first + len(self.masses) - 1
 
 
 def reach(profiles: tuple[Profile, Profile], tail: float, start: float) -> float:
@@ -64,60 +68,153 @@ def reach(profiles: tuple[Profile, Profile], tail: float, start: float) -> float
 def above(profiles: tuple[Profile, Profile], step: float, half: int) -> tuple[Measure, Measure]:
     """Measures whose profiles are nowhere below ``profiles``, in the directions remove and add.
 
-    The dots at the grid points are connected by lines in e^ε, after the greatest convex minorant.
+    The dots at the grid points -half … half are connected by lines in e^ε, after the greatest
+    convex minorant.
     """
     grid = step * np.arange(half + 1)
     remove, add = (np.minimum.accumulate(profile(grid)) for profile in profiles)
     # Both directions of a pair agree at ε = 0, so the smaller bound holds for both.
     remove[0] = add[0] = min(remove[0], add[0])
-    return _settle(remove, add, step, (remove, add), 1)
+    return _joined(remove, add, step, 1), _joined(add, remove, step, 1)
 
 
-def below(pair: SampledPair, step: float, half: int) -> tuple[Measure, Measure]:
-    """Measures whose profiles are nowhere above those of ``pair``.
+def below(pair: SampledPair, direction: Direction, step: float, half: int, tilt: float) -> Measure:
+    """A measure whose profile is nowhere above that of ``pair``; see ``_lines``.
 
-    Each cell between two grid points gets the tangent at its middle; a grid point, the lower of
-    the two tangents that meet there.
+    Where there is a choice, the one with the larger mean of e^{tilt·loss}.
     """
-    remove, add = (_lower_dots(pair, direction, step, half) for direction in ("remove", "add"))
-    remove[0] = add[0] = min(remove[0], add[0])
-    return _settle(remove, add, step, (remove, add), -1)
+    if pair.rate == 1:
+        dots = _dots(*_lines(pair, _removal(1.0, 1.0, step, half)), np.ones(1))
+        return _joined(dots, dots, step, -1)
+    # The least loss under "remove" is log(1-p); with little noise most of the mass is close to it.
+    # A grid that starts there keeps it in place, however wide the step.
+    offset = math.log1p(-pair.rate)
+    if direction == "add" or -offset > step * half:
+        remove = _dots(*_lines(pair, _removal(pair.rate, pair.rate, step, half)), pair.rate)
+        scale = _addition_scale(pair.rate, step, half)
+        add = _dots(*_lines(pair, _addition(pair.rate, step, half)), scale)
+        add[0] = remove[0] = min(add[0], remove[0])
+        ours, theirs = (add, remove) if direction == "add" else (remove, add)
+        return _joined(ours, theirs, step, -1)
+    half = half + math.ceil(-offset / step)
+    left, right = _lines(pair, _removal(pair.rate, 0.0, step, half))
+    measures = [_from_least_loss(_dots(left, right, pair.rate), step, offset)]
+    # In the first cell the line 1 - e^ε of the certain event keeps the mass of both laws, if the
+    # cell is narrow. There e^ε - (1-p) = (1-p)(e^step - 1).
+    end = 1 - (1 - pair.rate) * math.expm1(step) / pair.rate * (1 + 8 * _EPS) - 4 * _EPS
+    if end > 0:
+        left[0], right[0] = 1.0, end
+        measures.append(_from_least_loss(_dots(left, right, pair.rate), step, offset))
+    growth = np.exp(np.minimum(tilt * step * np.arange(half + 1), 700.0))
+    return max(measures, key=lambda measure: float(measure.masses @ growth))
 
 
-def _lower_dots(pair: SampledPair, direction: Direction, step: float, half: int) -> Array:
-    grid = step * np.arange(half + 1)
-    middle = grid[:-1] + 0.5 * step
-    left = pair.line(direction, middle, grid[:-1])
-    right = pair.line(direction, middle, grid[1:])
-    # A steep tangent ends below 0: then take the one at the right end of the cell.
-    steep = right < 0
+def _from_least_loss(dots: Array, step: float, offset: float) -> Measure:
+    """The measure through ``dots``, with all that is left of the mass on the least loss."""
+    right = _masses(dots, step)
+    masses = np.append(max(0.0, 1 - float(right.sum())), right)
+    return _certified(Measure(step, 0, masses, 0.0, offset), np.append(1.0, dots), -1)
+
+
+Cells = tuple[Array, Array, Array, Array, Array]
+
+
+def _removal(rate: float, start: float, step: float, half: int) -> Cells:
+    """Cells of the grid points ε_k with e^ε_k = (1-p + start) e^{k·step}, direction remove.
+
+    P(E) - e^ε Q(E) = p [P₁(E) - d(ε)/p · P₀(E)], d(ε) = e^ε - (1-p), for P_i = N(iμ, 1). With
+    D = d e^{-t} at t = k·step everything is a sum of positive terms.
+    """
+    t = 0.5 * step * np.arange(2 * half + 1)
+    scaled = start - (1 - rate) * np.expm1(-t)
+    node, middle = scaled[::2], scaled[1::2]
+    with np.errstate(divide="ignore"):
+        tau = t + np.log(scaled / rate)
+    half_step, whole = math.exp(-0.5 * step), math.exp(-step)
+    return (
+        tau[1::2],
+        half_step * node[:-1] / middle,
+        node[1:] / middle / half_step,
+        tau[2::2],
+        whole * node[:-1] / node[1:],
+    )
+
+
+def _addition(rate: float, step: float, half: int) -> Cells:
+    """Cells of the grid points ε_k = k·step, direction add.
+
+    Q(E) - e^ε P(E) = e^ε w(ε) [P₀(E) - p/w(ε) · P₁(E)], w(ε) = e^-ε - (1-p), and by reflection
+    P₀ and P₁ may be swapped. Cells that end beyond the largest loss, where w = 0, are left out.
+    """
+    t = np.minimum(0.5 * step * np.arange(2 * half + 1), 40.0)
+    w = rate * (1 - 4 * _EPS) + np.expm1(-t)
+    count = int(np.count_nonzero(w > 0))
+    w = np.where(w > 0, w, rate)
+    tau = -np.log(w / rate)
+    # A line is 0, from the empty test, where it would leave the range of losses.
+    out = np.arange(half) >= (count - 1) // 2
+    node, middle = w[::2], w[1::2]
+    tau_middle, tau_end = (np.where(out, 0.0, part) for part in (tau[1::2], tau[2::2]))
+    blocked = np.where(out, np.nan, 1.0)
+    return (
+        tau_middle,
+        middle / node[:-1],
+        middle / node[1:] * blocked,
+        tau_end,
+        node[1:] / node[:-1] * blocked,
+    )
+
+
+def _addition_scale(rate: float, step: float, half: int) -> Array:
+    """e^ε w(ε) of the grid points, rounded down, for ``_addition``; 1 where it does not matter."""
+    t = np.minimum(step * np.arange(half + 1), 40.0)
+    w = rate * (1 - 4 * _EPS) + np.expm1(-t)
+    return np.exp(t) * np.where(w > 0, w, rate) * (1 - 8 * _EPS)
+
+
+def _lines(pair: SampledPair, cells: Cells) -> tuple[Array, Array]:
+    """The line of each cell at its two ends, below the profile: that of the test at its middle.
+
+    ``cells`` holds the log of the likelihood ratio of the Gaussians at the middle of each cell,
+    the ratios of ``SampledPair.lines`` for its left and right end, and, for the line that touches
+    at the right end, the log and the ratio for the left end.
+    """
+    tau, left_ratio, right_ratio, tau_end, whole_ratio = cells
+    left, right = pair.lines(tau, (left_ratio, right_ratio))
+    # A steep line ends below 0: then take the one that touches at the right end of the cell.
+    steep = ~(right >= 0)
     if steep.any():
-        end = grid[1:][steep]
-        left[steep] = pair.line(direction, end, grid[:-1][steep])
-        right[steep] = pair.line(direction, end, end.copy())
-    lost = (left < 0) | (right < 0)
+        left[steep], right[steep] = pair.lines(
+            tau_end[steep], (whole_ratio[steep], np.ones(int(steep.sum())))
+        )
+    lost = ~((left >= 0) & (right >= 0))
     lost[-1] = True  # no infinite loss: the last line is 0
     left[lost] = right[lost] = 0.0
-    return np.minimum(np.append(left, 0.0), np.append(left[0], right))
+    return left, right
 
 
-def _settle(
-    remove: Array, add: Array, step: float, goals: tuple[Array, Array], sign: int
-) -> tuple[Measure, Measure]:
-    """Masses through the dots, then scaled until their profiles are beyond ``goals``."""
-    right, left = _masses(remove, step), _masses(add, step)
+def _dots(left: Array, right: Array, scale: Array | float) -> Array:
+    """At each grid point the lower of the two lines that meet there, so both stay below."""
+    dots = np.minimum(np.append(left, 0.0), np.append(left[0], right))
+    return np.maximum(dots * scale * (1 - 8 * _EPS), 0.0)
+
+
+def _joined(ours: Array, theirs: Array, step: float, sign: int) -> Measure:
+    """The measure through the dots ``ours`` at ε >= 0 and those of the other direction at ε < 0.
+
+    At -ε the dots are 1 - e^-ε + e^-ε theirs(ε).
+    """
+    half = len(ours) - 1
+    decay = np.exp(-step * np.arange(half, 0, -1))
+    right, left = _masses(ours, step), _masses(theirs, step)[::-1] * decay
     # At loss 0 the lines of both sides meet.
-    middle = 1 - remove[0] - (remove[0] - remove[1] + add[0] - add[1]) / math.expm1(step)
-    middle = max(middle, 0.0)
-    decay = np.exp(-step * np.arange(1, len(remove)))
-    results: list[Measure] = []
-    for ours, theirs, goal, other in (
-        (right, left, goals[0], goals[1]),
-        (left, right, goals[1], goals[0]),
-    ):
-        masses = np.concatenate([(theirs * decay)[::-1], [middle], ours])
-        results.append(_certified(masses, goal, other, step, sign))
-    return results[0], results[1]
+    middle = 1 - ours[0] - (ours[0] - ours[1] + theirs[0] - theirs[1]) / math.expm1(step)
+    masses = np.concatenate([left, [max(middle, 0.0)], right])
+    negative = -np.expm1(-step * np.arange(half, 0, -1)) + decay * theirs[:0:-1]
+    wanted = np.concatenate([[1.0], negative, ours])
+    return _certified(
+        Measure(step, -half, masses, float(ours[-1]) if sign > 0 else 0.0), wanted, sign
+    )
 
 
 def _masses(dots: Array, step: float) -> Array:
@@ -136,34 +233,29 @@ def _masses(dots: Array, step: float) -> Array:
     return np.maximum(masses, 0.0)
 
 
-def _certified(masses: Array, goal: Array, other: Array, step: float, sign: int) -> Measure:
-    """Scale ``masses`` so that their profile is >= (sign 1) or <= (-1) the dots at every point.
+def _certified(measure: Measure, wanted: Array, sign: int) -> Measure:
+    """Scale until the profile is >= (sign 1) or <= (-1) the dots ``wanted`` at every point.
 
-    For ε < 0 the dots are 1 - e^ε + e^ε other(-ε).
+    The first entry of ``wanted`` is the whole mass, the profile at x = 0.
     """
-    half = len(goal) - 1
-    negative = np.exp(-step * np.arange(half, 0, -1))
-    wanted = np.concatenate([(1 - negative) + negative * other[:0:-1], goal])
-    wanted = np.append(1.0, wanted)  # the first is x = 0: the whole mass
-    if sign > 0:
-        wanted *= 1 + 4 * _EPS
-        infinite = float(goal[-1])
-    else:
-        wanted *= 1 - 4 * _EPS
-        infinite = 0.0
-    found = profile_at_nodes(masses, infinite, step)
+    masses, infinite = measure.masses, measure.infinite
+    found = profile_at_nodes(masses, infinite, measure.step)
     found = np.append(masses.sum() + infinite, found)
     error = 8 * _EPS * len(masses)
     if sign > 0:
-        lacking = wanted - found * (1 - error)
+        lacking = wanted * (1 + 8 * _EPS) - found * (1 - error)
+        # Most of what is lacking is rounding: a factor. Where the profile is that of the infinite
+        # loss only, its mass is raised instead.
         main = found > 100 * max(infinite, 1e-290)
-        factor = 1 + max(0.0, float(np.max(lacking[main] / found[main], initial=0.0)))
-        more = max(0.0, float(np.max(wanted - factor * found * (1 - error))))
-        return Measure(step, masses * (factor * (1 + 4 * _EPS)), infinite * factor + more)
-    excess = found * (1 + error) - wanted
+        raised = max(0.0, float(np.max(lacking[main] / found[main], initial=0.0))) + 8 * _EPS
+        more = max(0.0, float(np.max(lacking[~main] - raised * found[~main], initial=0.0)))
+        return replace(
+            measure, masses=masses * (1 + raised), infinite=(infinite + 2 * more) * (1 + raised)
+        )
+    excess = found * (1 + error) - wanted * (1 - 8 * _EPS)
     share = np.divide(excess, found, out=np.zeros_like(found), where=found > 0)
     factor = 1 - min(1.0, max(0.0, float(share.max())))
-    return Measure(step, masses * (factor * (1 - 4 * _EPS)), 0.0)
+    return replace(measure, masses=masses * (factor * (1 - 4 * _EPS)))
 
 
 def profile_at_nodes(masses: Array, infinite: float, step: float) -> Array:

@@ -63,7 +63,8 @@ class ProfiledEvent(Protocol):
 
 _EPS = float(np.finfo(np.float64).eps)
 _ROOT_2PI = math.sqrt(2 * math.pi)
-_TINY = 1e-300
+_TINY = 1e-300  # covers underflow
+_LONGEST_ADD = 40.0  # above -log(1-p) for every p < 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,66 +86,63 @@ class SampledPair:
 
     def upper(self, direction: Direction, epsilons: Array) -> Array:
         """The exact profile at ``epsilons`` >= 0, rounded up."""
-        return self._value(direction, epsilons, epsilons, _EPS)
-
-    def line(self, direction: Direction, threshold: Array, epsilons: Array) -> Array:
-        """P(E) - e^ε Q(E), rounded down, with E the likelihood-ratio test at ``threshold`` >= 0.
-
-        Linear in e^ε, never above the profile, and tangent to it at ε = ``threshold``. Entries of
-        the two arrays are paired.
-        """
-        return self._value(direction, threshold, epsilons, -_EPS)
-
-    def _value(self, direction: Direction, threshold: Array, at: Array, unit: float) -> Array:
-        """The line of the test at ``threshold``, moved by its rounding error times sign(unit)."""
-        p, same = self.rate, threshold is at
+        p = self.rate
         if p == 1:
-            ratio = np.ones(1) if same else np.exp(at - threshold)
-            return self._line(threshold, ratio, unit)
+            return self._gaussian(epsilons)
         if direction == "remove":
-            with np.errstate(over="ignore"):
-                tau = np.where(
-                    threshold < 1,
-                    np.log1p(np.expm1(np.minimum(threshold, 1.0)) / p),
-                    threshold - math.log(p) + np.log1p((p - 1) * np.exp(-threshold)),
-                )
-            if same:
-                return p * self._line(tau, np.ones(1), unit)
-            moved = p * np.exp(-at) - np.expm1(-at)
-            moved /= p * np.exp(-threshold) - np.expm1(-threshold)
-            return p * self._line(tau, np.exp(at - threshold) * moved, unit)
-        # "add": the loss never exceeds -log(1-p); w(ε) = e^-ε - (1-p) falls to 0 there.
-        fuzz = 4 * unit * p
-        w_test = p + np.expm1(-threshold)
-        inside = w_test + 4 * abs(unit) * p > 0 if unit > 0 else w_test > 4 * abs(unit) * p
-        w_test = np.where(inside, w_test + max(fuzz, 0.0), p)
-        share = np.expm1(-np.minimum(threshold, 40.0)) / p
-        tau = np.where(share > -0.5, -np.log1p(np.maximum(share, -0.5)), -np.log(w_test / p))
-        tau = np.maximum(tau, 0.0)
-        if same:
-            scale = np.exp(np.minimum(at, 40.0)) * w_test
-            return np.where(inside, scale * self._line(tau, np.ones(1), unit), 0.0)
-        w_at = p + np.expm1(-at) + fuzz
-        positive = w_at > 0
-        w_at = np.where(positive, w_at, p)
-        found = np.exp(np.minimum(at, 40.0)) * w_at * self._line(tau, w_test / w_at, unit)
-        # Past the end of the losses the line is negative wherever the test is not empty.
-        return np.where(inside, np.where(positive, found, -1.0), 0.0)
+            # p δ_Gauss(τ), e^τ = 1 + (e^ε - 1)/p
+            tau = np.where(
+                epsilons < 1,
+                np.log1p(np.expm1(np.minimum(epsilons, 1.0)) / p),
+                epsilons - math.log(p) + np.log1p((p - 1) * np.exp(-epsilons)),
+            )
+            return p * self._gaussian(tau) + _TINY
+        # e^ε w δ_Gauss(τ), w = e^-ε - (1-p), e^-τ = w/p. It grows with w, which is rounded up, and
+        # is 0 where w is: the loss never exceeds -log(1-p).
+        near = np.minimum(epsilons, _LONGEST_ADD)
+        w, share = p + np.expm1(-near), np.expm1(-near) / p
+        inside = w > -4 * _EPS * p
+        w = np.where(inside, w + 4 * _EPS * p, p)
+        tau = np.where(share > -0.5, -np.log1p(np.maximum(share, -0.5)), -np.log(w / p))
+        value = np.exp(near) * w * self._gaussian(np.maximum(tau, 0.0))
+        return np.where(inside, value * (1 + 8 * _EPS) + _TINY, 0.0)
 
-    def _line(self, tau: Array, ratio: Array, unit: float) -> Array:
-        """Φ(-a) - ratio e^τ Φ(-b), a = τ/μ - μ/2, b = a + μ, moved by its rounding error.
+    def lines(self, tau: Array, ratios: tuple[Array, ...]) -> list[Array]:
+        """Φ(-a) - ratio e^τ Φ(-b) for each ratio, rounded down; a = τ/μ - μ/2, b = a + μ.
 
-        e^τ φ(b) = φ(a), so with Mills' ratio R it is φ(a) (R(a) - ratio R(b)): no overflow.
+        The test "beyond a" has probability Φ(-a) under N(μ, 1) and Φ(-b) under N(0, 1).
+        """
+        return self._differences(tau, ratios, -1)
+
+    def _gaussian(self, tau: Array) -> Array:
+        """δ of N(μ, 1) against N(0, 1) at ``tau`` >= 0, rounded up (Balle & Wang, Thm. 8)."""
+        return self._differences(tau, (np.ones(1),), 1)[0]
+
+    def _differences(self, tau: Array, ratios: tuple[Array, ...], sign: int) -> list[Array]:
+        """``lines``, moved by their rounding error up or down.
+
+        e^τ φ(b) = φ(a), so with Mills' ratio R the tails are φ(a) R(a) and e^-τ φ(a) R(b): nothing
+        overflows, and the difference keeps its relative precision far out.
         """
         a, b = tau / self.mu - self.mu / 2, tau / self.mu + self.mu / 2
         density = np.exp(-0.5 * a * a) / _ROOT_2PI
-        second = density * ratio * _mills(b)
-        first = np.where(a > -1, density * _mills(np.maximum(a, -1.0)), special.ndtr(-a))
-        value = first - second
+        near = a > -1
+        first = np.where(near, density * _mills(np.maximum(a, -1.0)), special.ndtr(-a))
+        second = density * _mills(np.maximum(b, -1.0))
+        if b.min(initial=0.0) < -1:
+            second = np.where(b < -1, np.exp(np.minimum(tau, 0.0)) * special.ndtr(-b), second)
+        # In units of eps: each tail is off by a few; an error of a and b moves the tails by at
+        # most the density; φ(a) is off by a factor, which multiplies the difference.
         spread = np.abs(tau) / self.mu + self.mu
-        slack = 32 * (first + second) + 8 * spread * (np.abs(a * value) + density)
-        # The last term covers underflow.
-        return value * (1 + 4 * unit) + unit * slack + math.copysign(_TINY, unit)
+        results: list[Array] = []
+        for ratio in ratios:
+            other = ratio * second
+            value = first - other
+            error = 36 * (first + other) + 4 * np.abs(tau) * other
+            error += 8 * spread * density * (1 + ratio)
+            error += 8 * spread * np.abs(a) * np.where(near, np.abs(value), first + other)
+            results.append(value + sign * (_EPS * error + _TINY))
+        return results
 
 
 def _mills(x: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lora_privacy.dp import _fourier, _grid
 from lora_privacy.dp._fourier import Part
-from lora_privacy.dp._profiles import Profile, SampledPair
+from lora_privacy.dp._profiles import DIRECTIONS, Profile, SampledPair
 
 __all__ = ["Source", "delta_interval", "epsilon_interval", "sampled_source", "upper_points"]
 
@@ -23,7 +23,7 @@ _RATIO = 1.05  # upper over lower end of δ
 _SMALL = 1e-9  # an ε below it is not refined for its own sake
 _TAIL_SHARE = 1e-4  # of δ: what the losses beyond the grid may cost in all
 _START = 2048  # grid points of the widest release at first
-_MAX_HALF = 1 << 20  # grid points of one release
+_MAX_HALF = 1 << 19  # grid points of one release
 _MAX_WORK = 1 << 27  # grid points of all transforms together
 _ROUNDS = 16
 
@@ -53,11 +53,11 @@ Sources = Sequence[tuple[Source, int]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grid:
-    """All releases on one grid: ``above[i]`` and ``below[i]`` are the parts in direction i."""
+    """All releases on one grid: ``above[i]`` are the parts in direction i."""
 
     step: float
+    halves: list[int]
     above: tuple[list[Part], list[Part]]
-    below: tuple[list[Part], list[Part]] | None
 
 
 def epsilon_interval(sources: Sources, delta: float) -> tuple[float, float]:
@@ -71,7 +71,8 @@ def epsilon_interval(sources: Sources, delta: float) -> tuple[float, float]:
         bests = [_fourier.chernoff_epsilon(parts, delta) for parts in grid.above]
         main = 0 if bests[0][0] >= bests[1][0] else 1
         tilt = bests[main][1]
-        predicted = _gap(grid, main, tilt) / tilt
+        below = plan.below(grid, main, tilt)
+        predicted = _gap(grid.above[main], below, tilt) / tilt
         goal = max(WIDTH * bests[main][0], _SMALL)
         if predicted > _AIM * goal and plan.refine(_AIM * goal / predicted):
             continue
@@ -84,9 +85,9 @@ def epsilon_interval(sources: Sources, delta: float) -> tuple[float, float]:
             other = _fourier.compose(grid.above[1 - main], bests[1 - main][1], upper=True)
             top = math.inf if other is None else max(top, other.epsilon(delta))
         high = min(high, top)
-        if grid.below is None:
+        if below is None:
             break
-        floor = _fourier.compose(grid.below[main], tilt, upper=False)
+        floor = _fourier.compose(below, tilt, upper=False)
         if floor is not None:
             low = max(low, floor.epsilon(delta))
         goal = max(WIDTH * high, _SMALL)
@@ -112,7 +113,8 @@ def delta_interval(sources: Sources, epsilon: float) -> tuple[float, float]:
         tail = max(_TAIL_SHARE * math.exp(min(0.0, max(bounds[main], -680.0) - 3.0)), 1e-299)
         if plan.lower_tail(tail):
             continue
-        predicted = _gap(grid, main, tilts[main])
+        below = plan.below(grid, main, tilts[main])
+        predicted = _gap(grid.above[main], below, tilts[main])
         goal = math.log(_RATIO)
         if predicted > _AIM * goal and plan.refine(_AIM * goal / predicted):
             continue
@@ -122,9 +124,9 @@ def delta_interval(sources: Sources, epsilon: float) -> tuple[float, float]:
         ]
         top = max(1.0 if curve is None else curve.delta(epsilon) for curve in curves)
         high = min(high, top)
-        if grid.below is None:
+        if below is None:
             break
-        floor = _fourier.compose(grid.below[main], tilts[main], upper=False)
+        floor = _fourier.compose(below, tilts[main], upper=False)
         if floor is not None:
             low = max(low, floor.delta(epsilon))
         if high <= _RATIO * low or high < 1e-290:
@@ -145,7 +147,9 @@ def upper_points(sources: Sources, delta: float) -> list[tuple[Array, Array]]:
         bests = [_fourier.chernoff_epsilon(parts, delta) for parts in grid.above]
         main = 0 if bests[0][0] >= bests[1][0] else 1
         goal = max(WIDTH * bests[main][0], _SMALL)
-        predicted = _gap(grid, main, bests[main][1]) / bests[main][1]
+        tilt = bests[main][1]
+        below = plan.below(grid, main, tilt)
+        predicted = _gap(grid.above[main], below, tilt) / tilt
         if predicted > _AIM * goal and plan.refine(_AIM * goal / predicted):
             continue
         for parts, (_, tilt) in zip(grid.above, bests, strict=True):
@@ -155,14 +159,14 @@ def upper_points(sources: Sources, delta: float) -> list[tuple[Array, Array]]:
     return [(np.zeros(1), np.ones(1))] * 2
 
 
-def _gap(grid: _Grid, main: int, tilt: float) -> float:
+def _gap(above: list[Part], below: list[Part] | None, tilt: float) -> float:
     """How much of log δ the grid costs: the moment of the measures above over that of below."""
-    if grid.below is None:
+    if below is None:
         return 0.0
     at = np.array([tilt])
-    above = float(_fourier.log_moments(grid.above[main], at)[0])
-    below = float(_fourier.log_moments(grid.below[main], at)[0])
-    return above - below if math.isfinite(below) else math.inf
+    top = float(_fourier.log_moments(above, at)[0])
+    floor = float(_fourier.log_moments(below, at)[0]) + tilt * _fourier.offsets(below)
+    return top - floor if math.isfinite(floor) else math.inf
 
 
 class _Plan:
@@ -214,19 +218,23 @@ class _Plan:
     def build(self) -> _Grid | None:
         """All measures at the present step."""
         above: tuple[list[Part], list[Part]] = ([], [])
-        below: tuple[list[Part], list[Part]] | None = ([], [])
-        for (source, count), end in zip(self._sources, self._reaches, strict=True):
-            half = max(2, math.ceil(end / self._step) + 1)
-            if half > 2 * _MAX_HALF:
-                return None
+        halves = [max(2, math.ceil(end / self._step) + 1) for end in self._reaches]
+        if max(halves) > 2 * _MAX_HALF:
+            return None
+        for (source, count), half in zip(self._sources, halves, strict=True):
             for i, measure in enumerate(_grid.above(source.profiles, self._step, half)):
                 above[i].append((measure, count))
-            if source.pair is None or below is None:
-                below = None
-                continue
-            for i, measure in enumerate(_grid.below(source.pair, self._step, half)):
-                below[i].append((measure, count))
-        return _Grid(self._step, above, below)
+        return _Grid(self._step, halves, above)
+
+    def below(self, grid: _Grid, main: int, tilt: float) -> list[Part] | None:
+        """Measures below in direction ``main`` on the same grid; None if one is not known."""
+        found: list[Part] = []
+        for (source, count), half in zip(self._sources, grid.halves, strict=True):
+            if source.pair is None:
+                return None
+            measure = _grid.below(source.pair, DIRECTIONS[main], grid.step, half, tilt)
+            found.append((measure, count))
+        return found
 
 
 def _short(step: float) -> float:
