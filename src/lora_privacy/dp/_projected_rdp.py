@@ -105,12 +105,13 @@ def _binomial_sum(table: Array, p: float, orders: npt.NDArray[np.int64]) -> Arra
     )
     terms = np.where(rest >= 0, terms, -np.inf)
     peak = terms.max(axis=1)
-    with np.errstate(invalid="ignore"):  # inf - inf where an argument overflowed
-        value = peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))
+    known = peak < np.inf  # else an argument overflowed, and A is inf
+    terms, peak = np.where(known[:, None], terms, 0.0), np.where(known, peak, 0.0)
+    value = peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))
     # Each term is off by a few eps of its largest summand.
     largest = np.abs(table[orders]) + log_factorial[orders] - orders * (log_p + log_not_p)
     value = value + _EPS * (16 + 8 * (np.abs(table[2]) + largest))
-    return np.where(peak < np.inf, np.logaddexp(0.0, value), np.inf)
+    return np.where(known, np.logaddexp(0.0, value), np.inf)
 
 
 def _table(features: int, rank: int, z: float, top: int) -> Array:

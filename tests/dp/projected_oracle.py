@@ -1,0 +1,91 @@
+"""Oracles for projected Gaussians, from the definitions. They import nothing of ours."""
+
+import math
+
+import mpmath as mp
+import numpy as np
+from scipy import special, stats
+
+
+def log_excess(features: int, rank: int, x: float, digits: int = 40) -> mp.mpf:
+    """log(₁F₁(rank/2; features/2; x) - 1): its series, or mpmath's function for large x."""
+    with mp.workdps(digits):
+        a, b, x = mp.mpf(rank) / 2, mp.mpf(features) / 2, mp.mpf(x)
+        if x > 3000:
+            return mp.log(mp.hyp1f1(a, b, x, maxterms=10**6) - 1)
+        term = total = a / b * x
+        k = 1
+        while term > total * mp.mpf(10) ** (2 - digits):
+            term *= (a + k) / (b + k) * x / (k + 1)
+            total += term
+            k += 1
+        return mp.log(total)
+
+
+def divergence(features: int, rank: int, z: float, p: float, alpha: int) -> mp.mpf:
+    """Rényi divergence of the worst record at a whole order, by the binomial sum with k = 0, 1."""
+    with mp.workdps(40):
+        a, b, q = mp.mpf(rank) / 2, mp.mpf(features) / 2, mp.mpf(p)
+        total = mp.mpf(0)
+        for k in range(alpha + 1):
+            moment = mp.hyp1f1(a, b, mp.mpf(k * (k - 1)) / (2 * mp.mpf(z) ** 2))
+            total += mp.binomial(alpha, k) * (1 - q) ** (alpha - k) * q**k * moment
+        return mp.log(total) / (alpha - 1)
+
+
+def shares(features: int, rank: int, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Jacobi points and weights of the Beta law of the share a projection keeps."""
+    a, c = rank / 2, (features - rank) / 2
+    roots, weights = special.roots_jacobi(count, c - 1, a - 1)
+    return (1 + roots) / 2, weights / weights.sum()
+
+
+def hockey_stick(z: float, p: float, epsilon: float, beta: float, direction: str) -> float:
+    """∫ (P - e^ε Q)₊ given the share β, by integrating the two densities; 1e-12 absolute."""
+    shift = math.sqrt(beta) / z
+    x = np.linspace(-12.0, 12.0 + shift, 400_001)
+    base = stats.norm.pdf(x)
+    mixed = (1 - p) * base + p * stats.norm.pdf(x - shift)
+    first, second = (mixed, base) if direction == "remove" else (base, mixed)
+    return float(np.maximum(first - math.exp(epsilon) * second, 0.0).sum() * (x[1] - x[0]))
+
+
+def gaussian_delta(epsilon: float, mu: np.ndarray) -> np.ndarray:
+    """δ of N(μ,1) against N(0,1); Balle & Wang (2018). Enough digits for δ over 1e-8."""
+    return stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * stats.norm.cdf(
+        -mu / 2 - epsilon / mu
+    )
+
+
+def rank_one_delta(
+    features: int, rank: int, z: float, p: float, epsilon: float, direction: str, digits: int = 30
+) -> mp.mpf:
+    """E δ given β, β ~ Beta, for a record of rank one: exact for it, and for no other record."""
+    with mp.workdps(digits):
+        a, c = mp.mpf(rank) / 2, mp.mpf(features - rank) / 2
+        z, p, e = mp.mpf(z), mp.mpf(p), mp.exp(mp.mpf(epsilon))
+        if direction == "remove":
+            scale, inner = p, mp.log(1 + (e - 1) / p)
+        else:
+            scale = 1 - e * (1 - p)
+            if scale <= 0:
+                return mp.mpf(0)
+            inner = mp.log(e * p / scale)
+
+        def given(t: mp.mpf) -> mp.mpf:
+            beta, gamma = 1 / (1 + mp.exp(-t)), 1 / (1 + mp.exp(t))
+            mu = mp.sqrt(beta) / z
+            delta = mp.ncdf(mu / 2 - inner / mu) - mp.exp(inner) * mp.ncdf(-mu / 2 - inner / mu)
+            return beta**a * gamma**c * delta
+
+        pieces = [mp.mpf(k) for k in range(-30, 31, 2)]
+        return scale * mp.quad(given, pieces) / mp.beta(a, c)
+
+
+def drawn_shares(
+    rng: np.random.Generator, features: int, rank: int, directions: int, count: int
+) -> np.ndarray:
+    """Shares kept of the first ``directions`` unit vectors by drawn Gaussian A, (count, K)."""
+    A = rng.standard_normal((count, rank, features))
+    Q = np.linalg.qr(A.transpose(0, 2, 1)).Q
+    return np.square(Q[:, :directions, :]).sum(axis=2)
