@@ -92,6 +92,7 @@ def test_public_names_of_dp() -> None:
         "ImpliedPrivacy",
         "PldAccountant",
         "PrivacyBound",
+        "PrivacyCurve",
         "ProjectedGaussian",
         "ProjectionAttestation",
         "RdpAccountant",
@@ -102,6 +103,7 @@ def test_public_names_of_dp() -> None:
         "event_rdp",
         "implied_noise_multiplier",
         "implied_privacy",
+        "privacy_curve",
         "sampled_gaussian_bounds",
         "sampled_gaussian_rdp",
     }

@@ -31,7 +31,9 @@ SampleRate = Annotated[
 BatchSize = Annotated[int | None, typer.Option(help="Expected size of a Poisson batch.")]
 DatasetSize = Annotated[int | None, typer.Option(help="Number of records.")]
 Adjacency = Annotated[str, typer.Option(help="Neighbours: add-remove or replace.")]
-AccountantName = Annotated[str, typer.Option("--accountant", help="rdp (Rényi divergences).")]
+AccountantName = Annotated[
+    str, typer.Option("--accountant", help="pld (privacy-loss distributions) or rdp (Rényi).")
+]
 
 
 @app.callback()
@@ -162,7 +164,7 @@ def account(
     batch_size: BatchSize = None,
     dataset_size: DatasetSize = None,
     adjacency: Adjacency = "add-remove",
-    accountant: AccountantName = "rdp",
+    accountant: AccountantName = "pld",
     projected: Annotated[
         list[str] | None,
         typer.Option(help="in_features:rank of a layer under a fresh A; repeat for all layers."),
@@ -207,7 +209,7 @@ def calibrate(
     batch_size: BatchSize = None,
     dataset_size: DatasetSize = None,
     adjacency: Adjacency = "add-remove",
-    accountant: AccountantName = "rdp",
+    accountant: AccountantName = "pld",
     projected: Annotated[
         list[str] | None,
         typer.Option(

@@ -99,15 +99,17 @@ def test_a_history_without_cost_and_one_without_bound() -> None:
 
 
 def test_bounds_of_different_neighbours_are_not_mixed() -> None:
-    """Nor of different methods, nor none at all."""
+    """Nor none at all. Different methods are: the better one speaks, and both are named."""
     one = bound(1.0, 1e-5)
     for other in (
         dataclasses.replace(one, adjacency="replace"),
-        dataclasses.replace(one, method="pld"),
         dataclasses.replace(one, unit="one author"),
     ):
         with pytest.raises(ValueError, match="all of one adjacency"):
             PrivacyCurve((one, other))
+    mixed = PrivacyCurve((one, dataclasses.replace(one, epsilon=0.5, method="pld")))
+    assert mixed.method == "rdp or pld"
+    assert mixed.trade_off(0.1) == pytest.approx(1 - 1e-5 - 0.1 * math.exp(0.5), rel=1e-9)
     with pytest.raises(ValueError, match="at least one"):
         PrivacyCurve(())
 

@@ -13,19 +13,26 @@ from typing import Any
 import pytest
 import torch
 from opacus import GradSampleModule, PrivacyEngine
-from opacus.accountants import create_accountant, register_accountant, registry
+from opacus.accountants import RDPAccountant, create_accountant, register_accountant, registry
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_privacy.dp import GaussianEvent, ProjectedGaussian, RdpAccountant, SampledGaussian
+from lora_privacy.dp import (
+    GaussianEvent,
+    PldAccountant,
+    ProjectedGaussian,
+    RdpAccountant,
+    SampledGaussian,
+)
 from lora_privacy.dp.attestation import AttestedLedger
 from lora_privacy.dp.opacus import (
     ProjectedOpacusAccountant,
     ProjectionAttestation,
     SampledOpacusAccountant,
     projection_digest,
+    register,
     register_projected,
     to_opacus,
 )
@@ -219,6 +226,29 @@ def test_opacus_plans_with_it(pristine: None) -> None:
     )
     epsilon = RdpAccountant().compose(SampledGaussian(noise, 0.01), 1000).epsilon(1e-5).epsilon
     assert 1.99 <= epsilon <= 2.0
+
+
+def test_pld_is_registered_once_and_for_all(pristine: None) -> None:
+    """Twice is harmless; ε is that of ``PldAccountant``; somebody else's "pld" is left alone."""
+    register()
+    register()
+    accountant = PrivacyEngine(accountant="pld").accountant
+    assert type(accountant) is SampledOpacusAccountant
+    assert accountant.mechanism() == "pld"
+    assert accountant.get_epsilon(1e-5) == 0
+    for _ in range(3):
+        accountant.step(noise_multiplier=1.5, sample_rate=RATE)
+    expected = PldAccountant().compose(SampledGaussian(1.5, RATE), 3).epsilon(1e-5)
+    assert accountant.bound(1e-5) == expected
+    noise = get_noise_multiplier(
+        target_epsilon=2.0, target_delta=1e-5, sample_rate=0.01, steps=100, accountant="pld"
+    )
+    planned = PldAccountant().compose(SampledGaussian(noise, 0.01), 100).epsilon(1e-5)
+    assert 1.99 <= planned.epsilon <= 2.0
+
+    register_accountant("pld", RDPAccountant, force=True)
+    with pytest.raises(ValueError, match="another accountant named 'pld' already: RDPAccountant"):
+        register()
 
 
 # --- accountants of projected runs

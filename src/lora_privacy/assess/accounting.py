@@ -9,6 +9,7 @@ from lora_privacy import _validate
 from lora_privacy.assess.tables import Table, number
 from lora_privacy.dp import (
     GaussianEvent,
+    PldAccountant,
     PrivacyBound,
     ProjectedGaussian,
     RdpAccountant,
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ACCOUNTANTS", "Account", "Answer", "ReleaseConfig", "layers_of", "sample_rate_of"]
 
-AccountantName = Literal["rdp"]
-ACCOUNTANTS: tuple[AccountantName, ...] = ("rdp",)
+AccountantName = Literal["pld", "rdp"]
+ACCOUNTANTS: tuple[AccountantName, ...] = ("pld", "rdp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ class ReleaseConfig:
     Attributes:
         sample_rate: Probability that a record takes part in a step, in (0, 1].
         adjacency: Neighbouring relation.
-        accountant: ``"rdp"``.
+        accountant: ``"pld"`` or ``"rdp"``.
         layers: ``(in_features, rank)`` of every trained layer when each step projects its
             gradient by a fresh A; empty for no projection.
 
@@ -126,15 +127,16 @@ class ReleaseConfig:
 
     sample_rate: float
     adjacency: Adjacency = "add-remove"
-    accountant: AccountantName = "rdp"
+    accountant: AccountantName = "pld"
     layers: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         _validate.choice("accountant", self.accountant, ACCOUNTANTS)
 
-    def empty(self) -> RdpAccountant:
+    def empty(self) -> PldAccountant | RdpAccountant:
         """The accountant before any release."""
-        return RdpAccountant(self.adjacency)
+        kind = PldAccountant if self.accountant == "pld" else RdpAccountant
+        return kind(self.adjacency)
 
     def event(self, noise_multiplier: float, rank: int | None = None) -> Event:
         """One release; ``rank`` replaces that of every layer."""

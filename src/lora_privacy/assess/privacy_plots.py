@@ -56,7 +56,7 @@ def plot_profile(curve: PrivacyCurve, ax: Axes, marked: PrivacyBound | None = No
         [bound.delta for bound in finite],
         line,
         color=colour,
-        label=f"proved by {finite[0].method}",
+        label=f"proved by {curve.method}",
     )
     if marked is not None and np.isfinite(marked.epsilon):
         colour, marker, _ = _STYLES[1]

@@ -6,16 +6,19 @@ certificate never rests on ε being monotone, on a tolerance or on the value bef
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, cast
 
 from lora_privacy import _validate
+from lora_privacy.dp.events import Event
+from lora_privacy.dp.pld import PldAccountant
 from lora_privacy.dp.rdp import RdpAccountant
 from lora_privacy.dp.result import PrivacyBound
-from lora_privacy.errors import CalibrationError
+from lora_privacy.errors import CalibrationError, UnsupportedEventError
 
 __all__ = ["Accountant", "Calibration", "calibrate", "calibrate_rank", "calibrate_steps"]
 
@@ -23,8 +26,9 @@ Quantity = Literal["noise_multiplier", "steps", "rank"]
 
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e6
 MOST_STEPS = 10**9
-_DIGITS = 5  # of the returned noise multiplier: at most 1e-4 above the least one
-_BRACKET = 4.0  # factor between the first guesses
+_DIGITS = 5  # of the returned noise multiplier: rounding adds at most 1e-4 of it
+_RTOL, _ROUGH = 2e-5, 1e-2  # where a bisection of the noise stops: well below the rounding
+_WIDE, _NARROW = 4.0, 1.25  # factor between guesses: without any idea, and near a good one
 
 
 class Accountant(Protocol):
@@ -99,7 +103,7 @@ def calibrate(
         steps: Number of releases, at least 1.
         accountant: What proves the bound, and the adjacency. What it has composed already is part
             of the cost, so the search spends what is left. The default is an empty
-            ``RdpAccountant``.
+            ``PldAccountant``.
 
     Returns:
         The value is rounded up in its fifth digit, and the bound is proved at the rounded value.
@@ -112,7 +116,7 @@ def calibrate(
             the noise is no longer what protects.
         UnsupportedEventError: The accountant has no proof for the event.
 
-    >>> from lora_privacy.dp import SampledGaussian
+    >>> from lora_privacy.dp import RdpAccountant, SampledGaussian
     >>> found = calibrate(
     ...     lambda z: SampledGaussian(z, 0.01), epsilon=2.0, delta=1e-5, steps=1000,
     ...     accountant=RdpAccountant(),
@@ -129,10 +133,27 @@ def calibrate(
     def met(noise_multiplier: float) -> bool:
         return prove(noise_multiplier).epsilon <= epsilon
 
-    low, high = _bracket_noise(met, lambda: _floor_of(prove(MOST_NOISE), epsilon))
-    while high > low * (1 + 0.2 * 10.0 ** (1 - _DIGITS)):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if met(middle) else (middle, high)
+    start, factor = 1.0, _WIDE
+    if (scout := _scout(prover)) is not None:
+
+        def rough(noise_multiplier: float) -> bool:
+            event = cast("Event", event_of(noise_multiplier))
+            return scout.compose(event, steps).epsilon(delta).epsilon <= epsilon
+
+        with contextlib.suppress(UnsupportedEventError):
+            _, start = _noise_between(rough, start, factor, _ROUGH)
+            factor = _NARROW
+    low, high = _noise_between(met, start, factor, _RTOL)
+    if low == 0:
+        raise CalibrationError(
+            f"The target is met even at a noise multiplier of {LEAST_NOISE:g}: it is so loose "
+            "that the noise is not what protects. Ask for a smaller ε or δ."
+        )
+    if math.isinf(high):
+        raise CalibrationError(
+            f"No noise multiplier up to {MOST_NOISE:g} meets the target: there "
+            f"{_miss(prove(MOST_NOISE), epsilon)} Ask for a larger ε or δ, or take fewer steps."
+        )
     value = _round_up(high)
     bound = prove(value)
     if not bound.epsilon <= epsilon:
@@ -161,7 +182,7 @@ def calibrate_steps(
         CalibrationError: One release misses the target, or 10⁹ releases meet it.
         UnsupportedEventError: The accountant has no proof for the event.
 
-    >>> from lora_privacy.dp import SampledGaussian
+    >>> from lora_privacy.dp import RdpAccountant, SampledGaussian
     >>> event = SampledGaussian(1.0, 0.01)
     >>> calibrate_steps(event, epsilon=2.0, delta=1e-5, accountant=RdpAccountant()).value
     881
@@ -171,10 +192,18 @@ def calibrate_steps(
     def prove(steps: int) -> PrivacyBound:
         return prover.compose(event, steps).epsilon(delta)
 
-    value, bound = _largest(prove, epsilon, MOST_STEPS)
+    start = 1
+    if (scout := _scout(prover)) is not None:
+        with contextlib.suppress(UnsupportedEventError):
+            start, _ = _largest(
+                lambda n: scout.compose(cast("Event", event), n).epsilon(delta),
+                epsilon,
+                MOST_STEPS,
+            )
+    value, bound = _largest(prove, epsilon, MOST_STEPS, max(start, 1))
     if bound is None:
         raise CalibrationError(
-            f"One release of {event!r} already misses the target: {_floor_of(prove(1), epsilon)}"
+            f"One release of {event!r} already misses the target: {_miss(prove(1), epsilon)}"
         )
     if value == MOST_STEPS:
         raise CalibrationError(
@@ -224,7 +253,7 @@ def calibrate_rank(
     value, bound = _largest(prove, epsilon, max_rank)
     if bound is None:
         raise CalibrationError(
-            f"Rank 1 already misses the target: {_floor_of(prove(1), epsilon)} "
+            f"Rank 1 already misses the target: {_miss(prove(1), epsilon)} "
             "Add noise or take fewer steps."
         )
     return Calibration(quantity="rank", value=value, target=float(epsilon), bound=bound)
@@ -234,7 +263,7 @@ def _checked(epsilon: float, delta: float, accountant: Accountant | None) -> Acc
     """Check the target, and that what is spent already leaves something of it."""
     _validate.positive("epsilon", epsilon, "It is the target, in nats.")
     _validate.inside("delta", delta, 0, 1)
-    prover: Accountant = RdpAccountant() if accountant is None else accountant
+    prover: Accountant = PldAccountant() if accountant is None else accountant
     spent = prover.epsilon(delta)
     if not spent.epsilon <= epsilon:
         raise CalibrationError(
@@ -244,55 +273,71 @@ def _checked(epsilon: float, delta: float, accountant: Accountant | None) -> Acc
     return prover
 
 
-def _bracket_noise(met: Callable[[float], bool], floor: Callable[[], str]) -> tuple[float, float]:
-    """A noise multiplier that misses and one, at most four times larger, that meets."""
-    low = high = 1.0
+def _scout(prover: Accountant) -> RdpAccountant | None:
+    """A cheap accountant of the same ledger, whose answer is a good first guess."""
+    if not isinstance(prover, PldAccountant):
+        return None
+    scout = RdpAccountant(prover.adjacency)
+    with contextlib.suppress(UnsupportedEventError):
+        for event, count in prover.events:
+            scout = scout.compose(cast("Event", event), count)
+        return scout
+    return None
+
+
+def _noise_between(
+    met: Callable[[float], bool], start: float, factor: float, tolerance: float
+) -> tuple[float, float]:
+    """A noise multiplier that misses and one that meets, with a ratio up to 1 + ``tolerance``.
+
+    The first is 0 when all meet, the second is ``inf`` when none does.
+    """
+    low = high = min(max(start, LEAST_NOISE), MOST_NOISE)
     if met(high):
-        while high > LEAST_NOISE:
-            low = max(high / _BRACKET, LEAST_NOISE)
+        while True:
+            if high == LEAST_NOISE:
+                return 0.0, high
+            low = max(high / factor, LEAST_NOISE)
             if not met(low):
-                return low, high
-            high = low
-        raise CalibrationError(
-            f"The target is met even at a noise multiplier of {LEAST_NOISE:g}: it is so loose "
-            "that the noise is not what protects. Ask for a smaller ε or δ."
-        )
-    while low < MOST_NOISE:
-        high = min(low * _BRACKET, MOST_NOISE)
-        if met(high):
-            return low, high
-        low = high
-    raise CalibrationError(
-        f"No noise multiplier up to {MOST_NOISE:g} meets the target: there {floor()} "
-        "Ask for a larger ε or δ, or take fewer steps."
-    )
+                break
+            high, factor = low, min(factor * factor, _WIDE)
+    else:
+        while True:
+            if low == MOST_NOISE:
+                return low, math.inf
+            high = min(low * factor, MOST_NOISE)
+            if met(high):
+                break
+            low, factor = high, min(factor * factor, _WIDE)
+    while high > low * (1 + tolerance):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if met(middle) else (middle, high)
+    return low, high
 
 
 def _largest(
-    prove: Callable[[int], PrivacyBound], epsilon: float, most: int
+    prove: Callable[[int], PrivacyBound], epsilon: float, most: int, start: int = 1
 ) -> tuple[int, PrivacyBound | None]:
-    """Largest whole number in 1..most that meets, by doubling and bisection, with its bound."""
+    """Largest whole number in 1..most that meets, with its bound; 0 and None when 1 misses.
+
+    Doubles from ``start``, or halves its distance to 0 when it misses, and bisects.
+    """
     low, best = 0, None
-    high = 1
-    while True:
-        bound = prove(high)
-        if not bound.epsilon <= epsilon:
-            break
-        low, best = high, bound
-        if high == most:
-            return most, best
-        high = min(2 * high, most)
-    while high - low > 1 and best is not None:
-        middle = (low + high) // 2
-        bound = prove(middle)
+    guess, high = start, most + 1
+    while high - low > 1:
+        bound = prove(guess)
         if bound.epsilon <= epsilon:
-            low, best = middle, bound
+            low, best = guess, bound
         else:
-            high = middle
+            high = guess
+        # Until something misses there is no middle to go to.
+        guess = min(max(low + 1, math.ceil(low * _NARROW if low == start else 2 * low)), most)
+        if high <= most:
+            guess = (low + high) // 2
     return low, best
 
 
-def _floor_of(bound: PrivacyBound, epsilon: float) -> str:
+def _miss(bound: PrivacyBound, epsilon: float) -> str:
     """Why a bound misses the target, as a sentence without its beginning."""
     if bound.reason is not None:
         return f"no ε is proved at δ = {bound.delta!r}: {bound.reason}"

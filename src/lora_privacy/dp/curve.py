@@ -37,10 +37,10 @@ class PrivacyCurve:
     """Bounds (ε, δ) of one history, and the trade-off between an attacker's errors they prove.
 
     Args:
-        bounds: Of one history, accountant and adjacency; vacuous ones are allowed.
+        bounds: Of one history and adjacency, by one method or several; vacuous ones are allowed.
 
     Raises:
-        ValueError: There is no bound, or they differ in adjacency, method or unit.
+        ValueError: There is no bound, or they differ in adjacency or unit.
 
     References:
         Kairouz, Oh & Viswanath, arXiv:1311.0776, Thm. 2.1: (ε, δ) as a region of error rates.
@@ -49,10 +49,10 @@ class PrivacyCurve:
     bounds: tuple[PrivacyBound, ...]
 
     def __post_init__(self) -> None:
-        kinds = {(bound.adjacency, bound.method, bound.unit) for bound in self.bounds}
+        kinds = {(bound.adjacency, bound.unit) for bound in self.bounds}
         if len(kinds) != 1:
             raise ValueError(
-                "bounds must be at least one, all of one adjacency, method and unit, got "
+                "bounds must be at least one, all of one adjacency and unit, got "
                 f"{sorted(kinds)}. Bounds of different neighbours say nothing together."
             )
 
@@ -62,9 +62,20 @@ class PrivacyCurve:
         return self.bounds[0].adjacency
 
     @property
+    def method(self) -> str:
+        """What proved the bounds, such as ``"pld"``; an accountant may fall back on another."""
+        return " or ".join(dict.fromkeys(bound.method for bound in self.bounds))
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """Of all bounds together."""
+        return tuple(dict.fromkeys(text for bound in self.bounds for text in bound.assumptions))
+
+    @property
     def references(self) -> tuple[str, ...]:
         """Keys into ``lora_privacy.references``."""
-        return (*self.bounds[0].references, _REFERENCE)
+        keys = dict.fromkeys(key for bound in self.bounds for key in bound.references)
+        return (*keys, _REFERENCE)
 
     def trade_off(self, fpr: npt.ArrayLike) -> Array:
         """Lower bound on the false-negative rate at false-positive rates ``fpr``, same shape.
@@ -107,9 +118,6 @@ class PrivacyCurve:
     def to_dict(self, fpr: tuple[float, ...] = (0.001, 0.01, 0.1)) -> dict[str, Any]:
         """JSON-safe: the points, an attacker's rates, and all that is needed to quote them."""
         first = self.bounds[0]
-        assumptions: dict[str, None] = {}
-        for bound in self.bounds:
-            assumptions.update(dict.fromkeys(bound.assumptions))
         return {
             "kind": "guarantee",
             "epsilon": [epsilon for epsilon, _ in self._pairs()],
@@ -120,8 +128,8 @@ class PrivacyCurve:
             ],
             "adjacency": first.adjacency,
             "unit": first.unit,
-            "method": first.method,
-            "assumptions": list(assumptions),
+            "method": self.method,
+            "assumptions": list(self.assumptions),
             "references": list(self.references),
             "citations": [cite(key) for key in self.references],
             "caveats": list(first.caveats),

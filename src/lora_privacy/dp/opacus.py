@@ -28,6 +28,7 @@ from lora_privacy.dp.attestation import (
 )
 from lora_privacy.dp.calibration import Accountant
 from lora_privacy.dp.events import Event, GaussianEvent, ProjectedGaussian, SampledGaussian
+from lora_privacy.dp.pld import PldAccountant
 from lora_privacy.dp.rdp import RdpAccountant
 from lora_privacy.dp.result import ImpliedPrivacy, PrivacyBound
 from lora_privacy.errors import AttestationError, UnsupportedEventError
@@ -54,8 +55,6 @@ def register() -> None:
     Raises:
         ValueError: Opacus has another accountant named ``"pld"``.
     """
-    from lora_privacy.dp.pld import PldAccountant
-
     _register("pld", functools.partial(SampledOpacusAccountant, "pld", PldAccountant()))
 
 
