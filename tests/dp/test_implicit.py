@@ -1,6 +1,8 @@
 """The implied ε: its formula against Monte Carlo, its numbers, and what it refuses to promise."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,25 @@ from lora_privacy.dp import (
 )
 
 RUN = {"batch_size": 32, "dataset_size": 3200, "steps": 100, "delta": 1e-5}
+PAGE = Path(__file__).parents[2] / "docs" / "theory" / "implicit-privacy.md"
+
+
+def _read(layers: list[tuple[int, int]], batch: int, **options: object) -> ImpliedPrivacy:
+    """The run of the page's tables: 60,000 records, 3 epochs, δ = 1e-5."""
+    return implied_privacy(
+        layers=layers,
+        batch_size=batch,
+        dataset_size=60_000,
+        steps=3 * 60_000 // batch,
+        delta=1e-5,
+        **{"distortion": 0.0, **options},  # type: ignore[arg-type]
+    )
+
+
+def _is_rounded_up(printed: str, value: float) -> bool:
+    """Whether ``printed`` is ``value`` rounded up to three significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return value <= float(printed.replace(",", "")) < value + unit * (1 + 1e-9)
 
 
 def _noise_std(per_sample: np.ndarray, rank: int, draws: int) -> float:
@@ -142,8 +163,88 @@ def test_the_implied_epsilon_is_useless_at_ordinary_sizes() -> None:
     assert reading.epsilon > 1000
     text = str(reading)
     assert text.startswith("Not a guarantee.")
-    for part in ("not Gaussian", "one draw of A", "function of the private data", "proved not"):
+    for part in (
+        "not Gaussian",
+        "1 at every rank as soon as two rows of the gradient are non-zero",
+        "one draw of A",
+        "function of the private data",
+        "projection of a matrix gradient is proved not",
+    ):
         assert part in text
+
+
+def test_the_table_of_the_page_is_what_the_library_returns() -> None:
+    """Every z (three digits) and ε (rounded up to three) of the docs, recomputed."""
+    page = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.+ / .+) \|$", page, re.MULTILINE)
+    assert len(rows) == 9
+    for n, rank, cells in rows:
+        for batch, cell in zip((16, 64, 256), cells.split(" | "), strict=True):
+            reading = _read([(int(n), int(rank))], batch)
+            z, epsilon = cell.split(" / ")
+            assert float(z) == pytest.approx(reading.noise_multiplier, rel=5e-3, abs=0)
+            assert _is_rounded_up(epsilon, reading.epsilon), (n, rank, batch, reading.epsilon)
+
+
+def test_the_sentences_of_the_page_are_what_the_library_returns() -> None:
+    """Twelve layers at three distortions, the coherent reading, and the two largest z."""
+    page = PAGE.read_text(encoding="utf-8")
+    found = re.findall(r"([\d,]+)\s+at\s+τ = (0(?:\.\d)?)[,.\n ]", page)
+    assert [tau for _, tau in found] == ["0", "0.3", "0.5"]
+    for epsilon, tau in found:
+        reading = _read([(384, 8)] * 12, 32, distortion=float(tau))
+        assert _is_rounded_up(epsilon, reading.epsilon), (tau, reading.epsilon)
+    coherent = _read([(768, 8)], 32, aggregation="coherent")
+    assert _is_rounded_up(re.findall(r"b = 32 reads (\S+)\. ", page)[0], coherent.epsilon)
+    sizes = re.findall(r"z ≤ (\S+) \(independent\).*?, (\S+) if coherent", page)
+    independent = _read([(768, 8)], 32)
+    for printed, reading in zip(sizes[0], (independent, coherent), strict=True):
+        assert _is_rounded_up(printed, reading.noise_multiplier)
+
+
+def test_the_distortions_of_the_page() -> None:
+    """Least τ at total failure .05 of 24,576 rows, rounded up; oracle: chi2 and a root finder."""
+    page = PAGE.read_text(encoding="utf-8")
+    cells = {
+        name: re.findall(rf"^\| {name} \| (.+) \|$", page, re.MULTILINE)[0].split(" | ")
+        for name in ("rank", "least τ", r"factor \(1−τ\)/\(1\+τ\)")
+    }
+    assert len(cells["rank"]) == 6
+    for rank, least, factor in zip(*cells.values(), strict=True):
+        r = int(rank)
+
+        def excess(t: float, r: int = r) -> float:
+            low, high = r * max(0.0, 1 - t) ** 2, r * (1 + t) ** 2
+            return 24_576 * float(stats.chi2.cdf(low, r) + stats.chi2.sf(high, r)) - 0.05
+
+        tau = float(optimize.brentq(excess, 0.01, 3.0))
+        if least == "none below 1":
+            assert tau > 1
+            assert factor == "0"
+            continue
+        assert _is_rounded_up(least, tau)
+        assert float(factor) == pytest.approx((1 - tau) / (1 + tau), rel=0, abs=5.1e-4)
+
+
+def test_a_matrix_needs_two_columns_and_a_continuous_law() -> None:
+    """The page's symmetry argument, its exceptions included, on drawn projections M = AᵀA."""
+    rng = np.random.default_rng(5)
+    v = rng.standard_normal((6, 3))
+    other = v.copy()
+    other[:, 0] += rng.standard_normal(6)
+
+    def asymmetry(a: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
+        product = left.T @ (a.T @ (a @ right))
+        return float(np.abs(product - product.T).max() / np.abs(product).max())
+
+    draws = [rng.standard_normal((2, 6)) for _ in range(200)]
+    assert max(asymmetry(a, v, v) for a in draws) < 1e-12
+    assert max(asymmetry(a, v, 2 * v) for a in draws) < 1e-12
+    assert min(asymmetry(a, v, other) for a in draws) > 1e-6
+    # Signs at rank 2: (A e₁)·(A e₂) is 0 for half of the sixteen matrices.
+    signs = [np.array(s).reshape(2, 2) for s in np.ndindex(2, 2, 2, 2)]
+    products = [(1 - 2 * s)[:, 0] @ (1 - 2 * s)[:, 1] for s in signs]
+    assert products.count(0) == 8
 
 
 def test_a_distortion_of_one_has_no_epsilon() -> None:

@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import re
 import time
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import mpmath as mp
 import numpy as np
@@ -12,11 +14,12 @@ import pytest
 from accountant_contract import AccountantContract
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import rdp_privacy_accountant as peer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from opacus.accountants import RDPAccountant as OpacusAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 from rdp_oracle import divergence, excess_backward, excess_forward, gaussian_delta
+from scipy import optimize
 
 from lora_privacy.dp import (
     GaussianEvent,
@@ -310,6 +313,54 @@ def test_default_orders_have_no_edge(z: float, steps: int, loss: float) -> None:
     assert found == pytest.approx(float(max(scan.min(), 0)), rel=2e-5, abs=0)
     fixed = RdpAccountant(orders=OPACUS_ORDERS).compose(GaussianEvent(z), steps)
     assert fixed.epsilon(delta).epsilon > loss * found
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    log_rho=st.floats(-7, 4),
+    delta=st.one_of(st.floats(0.01, 0.99), st.floats(-12, -2).map(lambda x: 10.0**x)),
+)
+@example(log_rho=math.log10(10 * 4 / (2 * 300**2)), delta=0.01)
+@example(log_rho=math.log10(0.5), delta=0.55878)
+def test_default_orders_lose_less_than_proved(log_rho: float, delta: float) -> None:
+    """docs/theory/rdp.md: at most 6.57e-6 (2ρλ + 1/(λ+1)), and less than 1e-5 (1 + ε).
+
+    Oracle: the conversion at its stationary point, where (log(1/δ) - log(1+λ))/λ = ρλ, by a
+    root finder. A loss below 1e-9 of 1 + ε is rounding.
+    """
+    rho = 10.0**log_rho
+
+    def slope(u: float) -> float:
+        x = math.exp(u)
+        return rho * x * x + math.log1p(x) + math.log(delta)
+
+    x = math.exp(float(optimize.brentq(slope, -25, 35, xtol=1e-13)))
+    best = rho * (x + 1) - math.log1p(1 / x) - (math.log(delta) + math.log1p(x)) / x
+    event = GaussianEvent(1 / math.sqrt(2 * rho))
+    loss = RdpAccountant().compose(event).epsilon(delta).epsilon - max(0.0, best)
+    rounding = 1e-9 * (1 + max(0.0, best))
+    assert -rounding < loss < 6.57e-6 * (2 * rho * x + 1 / (x + 1)) + rounding
+    assert loss < 1e-5 * (1 + max(0.0, best))
+
+
+@pytest.mark.slow
+def test_comparison_with_loss_distributions_on_the_page() -> None:
+    """The table of docs/theory/rdp.md. Oracle: dp-accounting; four digits, ratios to two."""
+    page = (Path(__file__).parents[2] / "docs" / "theory" / "rdp.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d.]+ \|.+) \|$", page, re.MULTILINE)
+    assert len(rows) == 9
+    for row in rows:
+        z, p, steps, delta, renyi, tight, ratio = map(float, row.split(" | "))
+        ours = RdpAccountant().compose(SampledGaussian(z, p), int(steps)).epsilon(delta).epsilon
+        assert renyi == pytest.approx(ours, rel=6e-4, abs=0)
+        step = pld.from_gaussian_mechanism(
+            z,
+            sampling_prob=p,
+            value_discretization_interval=1e-3 if z < 0.7 or p == 1 else 1e-4,
+        )
+        theirs = step.self_compose(int(steps)).get_epsilon_for_delta(delta)
+        assert tight == pytest.approx(theirs, rel=6e-4, abs=0)
+        assert ratio == pytest.approx(ours / theirs, rel=0, abs=0.006)
 
 
 def test_given_orders_are_used_as_given() -> None:

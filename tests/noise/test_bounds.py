@@ -170,19 +170,40 @@ def test_berry_esseen_ratio(rho: float) -> None:
 
 @pytest.mark.parametrize("split", ["products", "columns"])
 def test_lyapunov_ratio_matches_its_definition(split: str) -> None:
-    """Σ E|ξ|³/(Σ Var ξ)^{3/2} of draws of A, within 4.5 standard errors; +5 % is rejected."""
+    """Σ E|ξ|³/(Σ Var ξ)^{3/2} of draws of A, within 4.5 standard errors.
+
+    Rejected: 5 % more, and the published shape, whose variance ‖q‖²/r is not that of the sum.
+    """
     rng = np.random.default_rng(20240920)
     q, rank, draws = np.array([2.0, -1.0, 0.5, 1.0]), 3, 400_000
     a = rng.standard_normal((draws, rank, 4)) / math.sqrt(rank)
-    # Entry i = 0, without its own term; the published variance is ‖q‖²/r.
+    # Entry i = 0, without its own term.
     terms = a[:, :, :1] * a[:, :, 1:] * q[1:]
     if split == "columns":
         terms = terms.sum(axis=1, keepdims=True)
-    cubes = (np.abs(terms) ** 3).sum(axis=(1, 2)) / (q @ q / rank) ** 1.5
+    total = np.square(terms).sum(axis=(1, 2))
+    variance = (q[1:] @ q[1:]) / rank
+    assert abs(total.mean() - variance) < 4.5 * total.std() / math.sqrt(draws)
+    cubes = (np.abs(terms) ** 3).sum(axis=(1, 2)) / variance**1.5
     value = lyapunov_ratio(q, rank, split, index=0)  # type: ignore[arg-type]
     error = 4.5 * cubes.std() / math.sqrt(draws)
     assert abs(cubes.mean() - value) < error
     assert abs(cubes.mean() - 1.05 * value) > error
+    published = value * (1 - q[0] ** 2 / (q @ q)) ** 1.5
+    assert abs(cubes.mean() - published) > error
+
+
+@pytest.mark.parametrize("split", ["products", "columns"])
+def test_lyapunov_ratio_has_no_unit_and_leaves_the_entry_out(split: str) -> None:
+    """q_i is in neither sum; .4502 by hand for (3, 1, 1, 1, 1), (8/π)/√8 · 4/8."""
+    value = lyapunov_ratio([3.0, 1.0, 1.0, 1.0, 1.0], 8, split, index=0)  # type: ignore[arg-type]
+    for row in ([0.0, 1.0, 1.0, 1.0, 1.0], [7e200, 1e-200, 1e-200, -1e-200, 1e-200]):
+        again = lyapunov_ratio(row, 8, split, index=0)  # type: ignore[arg-type]
+        assert again == pytest.approx(value, rel=1e-14, abs=0)
+    short = lyapunov_ratio([1.0, 1.0, 1.0, 1.0], 8, split)  # type: ignore[arg-type]
+    assert short == pytest.approx(value, rel=1e-14, abs=0)
+    if split == "products":
+        assert value == pytest.approx(4 / (math.pi * math.sqrt(8)), rel=1e-14, abs=0)
 
 
 def test_published_ratio_is_no_bound() -> None:
@@ -229,6 +250,9 @@ def test_bad_input_is_named() -> None:
         lyapunov_ratio([0.0], 4)
     with pytest.raises(ValueError, match=r"index must lie in \[0, 1\], got 2"):
         lyapunov_ratio([1.0, 2.0], 4, index=2)
+    for row in ([0.0, -2.0], [-2.0]):
+        with pytest.raises(ValueError, match=r"besides index \d, got none.*0/0"):
+            lyapunov_ratio(row, 4, index=len(row) - 1)
 
 
 def test_bound_prints_rounded_up() -> None:

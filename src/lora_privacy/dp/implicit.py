@@ -1,6 +1,7 @@
 """The ε one reads off a projection's noise when it is taken for DP-SGD's. Not a guarantee.
 
-The derivation, and why it proves nothing, is in docs/theory/implicit-privacy.md.
+The derivation, and why it proves nothing, is in docs/theory/implicit-privacy.md. "P1" is
+arXiv:2409.17538, versions 2-3; later versions under that number are other papers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _REFERENCES = (
 )
 _FAILING = (
     "the noise is not Gaussian: the gradient times the transposed noise is a symmetric matrix "
-    "surely, so the joint total variation to independent Gaussian noise is 1 at every rank",
+    "surely, so the joint total variation to independent Gaussian noise is 1 at every rank as "
+    "soon as two rows of the gradient are non-zero",
     "one draw of A multiplies all samples, all rows and all steps, so their noises are not "
     "independent and can cancel exactly",
     "the noise is a function of the private data: it vanishes with the gradient, and the update "
@@ -34,7 +36,8 @@ _FAILING = (
     "them only approximately",
     "batches are shuffled, not Poisson samples, in the usual training loop, and the noise "
     "depends on the realised batch size",
-    "noise-free projection is proved not differentially private for any finite ε and any δ < 1",
+    "noise-free projection of a matrix gradient is proved not differentially private for any "
+    "finite ε and any δ < 1",
 )
 
 
@@ -49,8 +52,9 @@ def implied_noise_multiplier(
     """Noise multiplier that one layer's projection noise is read as. Heuristic, not a guarantee.
 
     ``√(b/(n r)) · (1-τ)/(1+τ)`` if the noises of the b samples of a batch were independent,
-    ``b/√(n r) · (1-τ)/(1+τ)`` if they all pointed the same way. Neither is a lower bound: one A
-    multiplies all samples, and gradients that cancel leave no noise.
+    ``b/√(n r) · (1-τ)/(1+τ)`` if they all pointed the same way, with every row norm at its lower
+    end and the variance taken as ‖q‖²/r. Neither is a lower bound: one A multiplies all samples,
+    and gradients that cancel leave no noise.
 
     Args:
         rank: Rows r of A, at least 1.
@@ -91,7 +95,7 @@ def implied_privacy(
     distortion: float,
     aggregation: Aggregation = "independent",
 ) -> ImpliedPrivacy:
-    """The ε that an accountant would print for a run without noise, read as P1 reads it.
+    """The ε that an accountant would print for a run without noise, by P1's reading of it.
 
     Args:
         layers: ``(out_features, rank)`` of each adapted layer, rows of its gradient first.

@@ -102,7 +102,8 @@ class ImpliedPrivacy:
 
     It answers "if the injected noise were Gaussian, independent of the data and fresh, which ε
     would an accountant print?" and lists the assumptions that fail. No method turns it into a
-    ``PrivacyBound``.
+    ``PrivacyBound``. The reading is that of arXiv:2409.17538, versions 2-3; version 9 claims a
+    proof for a frozen A, which this type neither uses nor refutes.
 
     Attributes:
         epsilon: What the accountant would print, in nats; ``inf`` with a ``reason``.

@@ -134,7 +134,7 @@ def lyapunov_ratio(
     *,
     index: int | None = None,
 ) -> float:
-    """Lyapunov ratio of P1, Lemma 4.2: **rests on a false independence and bounds nothing here**.
+    """Lyapunov ratio of an entry of the noise: **it rests on a false independence, no bound**.
 
     ``L₃ = Σ E|ξ_k|³ / (Σ Var ξ_k)^{3/2}`` for the summands of an entry i of the noise. They share
     column i of A, so they are uncorrelated and not independent, and no constant makes
@@ -142,18 +142,30 @@ def lyapunov_ratio(
     the distance does not (``docs/theory/distance-to-gaussian.md``, section 6). It is here to
     compare published numbers; use :func:`tv_bound` for a bound.
 
+    The denominator is the variance of the very summands. The published shape, as our notes have
+    it, divides by the variance ‖q‖²/r of the whole entry instead: with an ``index``, multiply by
+    (1 − q_i²/‖q‖²)^{3/2} to get it. The two agree at q_i = 0.
+
     Args:
         row: q, shape (m,), in any unit.
         rank: r, at least 1.
         split: Summands: ``"products"`` takes A_ki A_kj q_j for every k and j, so that L₃ is
-            ``(8/π) r^{-1/2} Σ|q_j|³/‖q‖³``; ``"columns"`` takes (AᵀA)_ij q_j for every j, so that
-            it is ``2√(2/π) E[S^{3/2}] Σ|q_j|³/‖q‖³`` with S ~ χ²_r/r, and does not fall with r.
-        index: Entry i, whose own term is left out of the sum, as published; None leaves out
-            none, the largest of the published ratios.
+            ``(8/π) r^{-1/2} Σ|q_j|³/(Σq_j²)^{3/2}``; ``"columns"`` takes (AᵀA)_ij q_j for every j,
+            so that it is ``2√(2/π) E[S^{3/2}] Σ|q_j|³/(Σq_j²)^{3/2}`` with S ~ χ²_r/r, and does
+            not fall with r.
+        index: Entry i, left out of both sums: its own term, q_i times a square, has another law.
+            None sums over all j, as for an entry with q_i = 0 that the row does not list.
 
     Raises:
         NonFiniteError: The row holds NaN or infinity.
-        ValueError: The row is not a vector or all zero, or another argument is out of range.
+        ValueError: The row is not a vector or all zero, ``index`` names its only non-zero entry,
+            or another argument is out of range.
+
+    References:
+        P1, arXiv:2409.17538, versions 2–3, Lemma 4.2 as numbered there, from our notes.
+
+    >>> round(lyapunov_ratio([3.0, 1.0, 1.0, 1.0, 1.0], 8, index=0), 4)  # (8/π)/√8 · 4/4^{3/2}
+    0.4502
     """
     q = np.asarray(row, dtype=np.float64)
     rank = _validate.integer("rank", rank, 1)
@@ -165,19 +177,23 @@ def lyapunov_ratio(
     size = np.abs(q)
     if size.max() == 0.0:
         raise ValueError("row must not be all zero: its noise is 0 surely. Skip this row.")
-    size = size / size.max()
-    size = size / np.linalg.norm(size)
-    cubes = size**3
     if index is not None:
         index = _validate.integer("index", index, 0)
         _validate.between("index", index, 0, q.size - 1)
-        cubes[index] = 0.0
+        size[index] = 0.0
+        if size.max() == 0.0:
+            raise ValueError(
+                f"row must have a non-zero entry besides index {index}, got none: no summand is "
+                "left and the ratio is 0/0. This entry of the noise is q_i (S - 1)."
+            )
+    size = size / size.max()  # the ratio has no unit; cubes must not underflow
+    size = size / np.linalg.norm(size)
     if split == "products":
         factor = 8.0 / math.pi / math.sqrt(rank)
     else:
         k = rank / 2
         factor = 2.0 * math.sqrt(2.0 / math.pi) * float(special.poch(k, 1.5)) / k**1.5
-    return factor * float(cubes.sum())
+    return factor * float((size**3).sum())
 
 
 def _mixture_bound(rank: int, rho: float) -> float:
