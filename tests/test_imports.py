@@ -90,6 +90,7 @@ def test_public_names_of_dp() -> None:
         "Event",
         "GaussianEvent",
         "ImpliedPrivacy",
+        "NoisedProjection",
         "PairDivergence",
         "PldAccountant",
         "PrivacyBound",

@@ -215,6 +215,13 @@ _ALL = (
         kind="article",
     ),
     Reference(
+        key="davidson-szarek-2001",
+        authors="Davidson, Kenneth R. and Szarek, Stanislaw J.",
+        title="Local Operator Theory, Random Matrices and Banach Spaces",
+        year=2001,
+        venue="Handbook of the Geometry of Banach Spaces, vol. 1",
+    ),
+    Reference(
         key="gil-renyi-2013",
         authors="Gil, Manuel and Alajaji, Fady and Linder, Tamás",
         title="Rényi divergence measures for commonly used univariate continuous distributions",

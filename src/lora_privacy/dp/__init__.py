@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_privacy.dp.families import VectorFamily
     from lora_privacy.dp.implicit import implied_noise_multiplier, implied_privacy
     from lora_privacy.dp.matrix_pairs import SketchRelease, matrix_projection
+    from lora_privacy.dp.noised import NoisedProjection
     from lora_privacy.dp.pairwise import VectorProjection, vector_projection_bound
     from lora_privacy.dp.pld import PldAccountant
     from lora_privacy.dp.rdp import (
@@ -50,6 +51,7 @@ __all__ = [
     "Event",
     "GaussianEvent",
     "ImpliedPrivacy",
+    "NoisedProjection",
     "PairDivergence",
     "PldAccountant",
     "PrivacyBound",
@@ -85,6 +87,7 @@ __getattr__, __dir__ = attach(
         "Event": "events",
         "GaussianEvent": "events",
         "ImpliedPrivacy": "result",
+        "NoisedProjection": "noised",
         "PairDivergence": "result",
         "PldAccountant": "pld",
         "PrivacyBound": "result",

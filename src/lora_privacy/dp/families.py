@@ -168,7 +168,9 @@ class VectorFamily:
     def _samples(self) -> Iterator[tuple[float, float]]:
         angles = self._widest * np.array([1.0, 0.7, 0.4, 0.1, 0.01, 0.0])
         for _, _, low, high in self._roots():
-            ratios = sorted({low, math.sqrt(low * high), high, *([1.0] if low < 1 < high else [])})
+            ratios: list[float] = sorted(
+                {low, math.sqrt(low * high), high, *([1.0] if low < 1 < high else [])}
+            )
             yield from itertools.product(angles.tolist(), ratios)
 
     def _certify(

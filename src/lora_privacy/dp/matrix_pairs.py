@@ -19,7 +19,7 @@ from lora_privacy.dp._vector_loss import VectorLoss
 from lora_privacy.dp.pairwise import VectorProjection
 from lora_privacy.dp.result import PairDivergence
 
-__all__ = ["SketchRelease", "matrix_projection"]
+__all__ = ["SketchRelease", "checked_matrices", "matrix_projection"]
 
 Array = npt.NDArray[np.float64]
 
@@ -63,7 +63,7 @@ def matrix_projection(
     References:
         arXiv:2601.21719, Theorem 2; sharp form in docs/theory/projection-pairs.md, section 3.
     """
-    first, second = _matrices(("v", v), ("v_prime", v_prime))
+    first, second = checked_matrices(("v", v), ("v_prime", v_prime))
     rank = _validate.integer("rank", rank, 1)
     _validate.inside("delta", delta, 0, 1)
     _validate.between("tolerance", tolerance, 0, 1e-3)
@@ -154,7 +154,7 @@ class SketchRelease:
     _ratios: Array | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        first, second = _matrices(
+        first, second = checked_matrices(
             ("gradient", self.gradient), ("gradient_prime", self.gradient_prime)
         )
         for name, matrix in (("gradient", first), ("gradient_prime", second)):
@@ -262,7 +262,9 @@ def _variance_ratios(first: Array, second: Array) -> Array | None:
     return np.square(ratios * (scales[1] / scales[0]))
 
 
-def _matrices(first: tuple[str, npt.ArrayLike], second: tuple[str, npt.ArrayLike]) -> list[Array]:
+def checked_matrices(
+    first: tuple[str, npt.ArrayLike], second: tuple[str, npt.ArrayLike]
+) -> list[Array]:
     """Copies in double precision; ValueError unless both are finite matrices of one shape."""
     checked: list[Array] = []
     for name, value in (first, second):

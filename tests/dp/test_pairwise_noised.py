@@ -1,0 +1,153 @@
+"""Noise after the projection: the two bounds, and each step of their proof, by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from lora_privacy.dp import NoisedProjection, VectorProjection
+
+M, N, RANK, SIZE = 5, 3, 4, 20_000
+V = np.random.default_rng(21).standard_normal((M, N))
+V[:, 2] = V[:, 1]  # columns 1 and 2 have rank 1
+CHANGE = np.random.default_rng(22).standard_normal(M)
+
+
+def changed(matrix: np.ndarray, change: np.ndarray, column: int = 0) -> np.ndarray:
+    other = matrix.copy()
+    other[:, column] += change
+    return other
+
+
+def draws(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """AᵀA from the definition, and the part of it that the projection of V[:, 1] shows."""
+    a = rng.standard_normal((SIZE, RANK, M)) / math.sqrt(RANK)
+    whole = np.einsum("sri,srj->sij", a, a)
+    u = V[:, 1] / np.linalg.norm(V[:, 1])
+    seen = whole @ u
+    return whole, np.einsum("si,sj->sij", seen, seen) / (seen @ u)[:, None, None]
+
+
+def test_the_hidden_part_is_a_fresh_projection_of_lower_rank() -> None:
+    """M - M∥ vanishes on the span; w(M - M∥)w r / ‖w‖² is χ²_{r-k}, independent of what is shown.
+
+    KS at level 1e-4; χ²_r, the law without the split, must be rejected.
+    """
+    whole, shown = draws(np.random.default_rng(23))
+    u = V[:, 1] / np.linalg.norm(V[:, 1])
+    hidden = whole - shown
+    assert np.abs(hidden @ u).max() < 1e-12
+    w = CHANGE - u * (u @ CHANGE)
+    form = np.einsum("i,sij,j->s", w, hidden, w) * RANK / (w @ w)
+    assert stats.kstest(form, stats.chi2(RANK - 1).cdf).pvalue > 1e-4
+    assert stats.kstest(form, stats.chi2(RANK).cdf).pvalue < 1e-4
+    shown_norm = np.linalg.norm(shown @ CHANGE, axis=1)
+    assert abs(stats.spearmanr(form, shown_norm)[0]) < 5 / math.sqrt(SIZE)
+
+
+@pytest.mark.parametrize("failure", [0.4, 0.02])
+def test_norm_of_the_shown_part_stays_within_its_bound(failure: float) -> None:
+    """But for the failure probability, in 60 dimensions; the bound is not 4 times too large."""
+    rng = np.random.default_rng(24)
+    m, rank, size = 60, 8, 5_000
+    u, change = np.eye(m)[0], rng.standard_normal(m)
+    a = rng.standard_normal((size, rank, m)) / math.sqrt(rank)
+    b = a @ u
+    unit = b / np.linalg.norm(b, axis=1)[:, None]
+    norms = np.linalg.norm(np.einsum("srm,sr->sm", a, unit), axis=1)
+    norms *= np.abs(np.einsum("sr,srm,m->s", unit, a, change, optimize=True))
+    v = np.stack([change, u], axis=1)
+    release = NoisedProjection(v, changed(v, change), rank, 1.0)
+    bound = release._shown(1, change[:1], change - u * change[0], failure)
+    assert (norms > bound).mean() <= failure
+    assert bound < 4 * np.quantile(norms, 1 - failure / 4)
+
+
+def test_norm_of_the_whole_shift_stays_within_its_bound() -> None:
+    """ε with A revealed is that of a Gaussian with the shift at its quantile, or a larger one."""
+    whole, _ = draws(np.random.default_rng(25))
+    norms = np.linalg.norm(whole @ CHANGE, axis=1)
+    delta = 0.3
+    epsilon = NoisedProjection(V, changed(V, CHANGE), RANK, 20.0)._revealed(delta)[0]
+    shift = np.quantile(norms, 1 - 0.1 * delta) / 20.0
+    at = stats.norm.cdf(shift / 2 - epsilon / shift) - math.exp(epsilon) * stats.norm.cdf(
+        -shift / 2 - epsilon / shift
+    )
+    assert at <= 0.9 * delta
+    # Averaging over A is what is proved: the mean of δ over the draws is at most δ.
+    mu = norms / 20.0
+    mean = stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * stats.norm.cdf(
+        -mu / 2 - epsilon / mu
+    )
+    assert mean.mean() <= delta
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_scalar_release_meets_the_bound(noise: float) -> None:
+    """Oracle: one row, one column: densities by quadrature over S ~ χ²_r / r. ε/4 is too small."""
+    rank, v, w, delta = 6, 1.0, 1.4, 0.05
+    law = stats.chi2(rank, scale=1 / rank)
+    found = NoisedProjection(np.array([[v]]), np.array([[w]]), rank, noise).epsilon(delta)
+    s = np.linspace(1e-6, 6, 4001)
+    y = np.linspace(-8 * noise - 1, 8 + 8 * noise, 2001)
+    kernels = [
+        integrate.trapezoid(stats.norm.pdf(y[:, None], x * s, noise) * law.pdf(s), s, axis=1)
+        for x in (v, w)
+    ]
+    for epsilon, (p, q) in (
+        (found.forward, kernels),
+        (found.backward, kernels[::-1]),
+    ):
+        gap = integrate.trapezoid(np.maximum(p - math.exp(epsilon) * q, 0), y)
+        assert gap <= delta
+        assert integrate.trapezoid(np.maximum(p - math.exp(epsilon / 4) * q, 0), y) > delta
+
+
+def test_without_other_columns_the_projection_alone_bounds_it() -> None:
+    """Little noise changes nothing: ε is that of the vector mechanism; much noise lowers it."""
+    v, w = V[:, :1], changed(V[:, :1], 0.02 * CHANGE)
+    cosine = float(v[:, 0] @ w[:, 0] / np.linalg.norm(v) / np.linalg.norm(w))
+    ratio = float(np.linalg.norm(w) / np.linalg.norm(v))
+    expected = VectorProjection(M, 40, cosine, ratio).epsilon(1e-3).epsilon
+    quiet = NoisedProjection(v, w, 40, 1e-6).epsilon(1e-3)
+    assert quiet.epsilon == pytest.approx(expected, rel=1e-9)
+    assert NoisedProjection(v, w, 40, 10.0).epsilon(1e-3).epsilon < 0.1 * expected
+
+
+def test_the_split_wins_at_large_rank_and_small_noise() -> None:
+    """And its parts add up: never below the residual vectors' own ε in m - k dimensions."""
+    rng = np.random.default_rng(26)
+    v = rng.standard_normal((60, 3))
+    w = changed(v, 0.1 * rng.standard_normal(60), 1)
+    found = NoisedProjection(v, w, 200, 0.01).epsilon(1e-3)
+    assert found.method == "upper bound, split"
+    u, _ = np.linalg.qr(v[:, [0, 2]])
+    a, b = (x[:, 1] - u @ (u.T @ x[:, 1]) for x in (v, w))
+    pair = VectorProjection(
+        58,
+        198,
+        float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)),
+        float(np.linalg.norm(b) / np.linalg.norm(a)),
+    )
+    assert found.epsilon > pair.epsilon(1e-3).epsilon
+    assert NoisedProjection(v, w, 2, 0.01).epsilon(1e-3).method == "upper bound, A revealed"
+    assert str(found).startswith("Not a guarantee.")
+
+
+def test_equal_matrices_cost_nothing() -> None:
+    """Without any search."""
+    assert NoisedProjection(V, V.copy(), 4, 1.0).epsilon(1e-9).epsilon == 0
+
+
+def test_arguments_are_checked() -> None:
+    """One changed column, positive noise, δ in (0, 1)."""
+    with pytest.raises(ValueError, match="differ in one column, got 3"):
+        NoisedProjection(V, V + 1, 4, 1.0)
+    for noise in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="noise_std must be positive"):
+            NoisedProjection(V, changed(V, CHANGE), 4, noise)
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        NoisedProjection(V, changed(V, CHANGE), 0, 1.0)
+    with pytest.raises(ValueError, match="delta must lie in"):
+        NoisedProjection(V, changed(V, CHANGE), 4, 1.0).epsilon(1.0)
