@@ -35,7 +35,9 @@ def _read(layers: list[tuple[int, int]], batch: int, **options: object) -> Impli
 def _is_rounded_up(printed: str, value: float) -> bool:
     """Whether ``printed`` is ``value`` rounded up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return value <= float(printed.replace(",", "")) < value + unit * (1 + 1e-9)
+    return math.isclose(
+        float(printed.replace(",", "")), math.ceil(value / unit) * unit, rel_tol=1e-9
+    )
 
 
 def _noise_std(per_sample: np.ndarray, rank: int, draws: int) -> float:
@@ -196,7 +198,7 @@ def test_the_sentences_of_the_page_are_what_the_library_returns() -> None:
         assert _is_rounded_up(epsilon, reading.epsilon), (tau, reading.epsilon)
     coherent = _read([(768, 8)], 32, aggregation="coherent")
     assert _is_rounded_up(re.findall(r"b = 32 reads (\S+)\. ", page)[0], coherent.epsilon)
-    sizes = re.findall(r"z ≤ (\S+) \(independent\).*?, (\S+) if coherent", page)
+    sizes = re.findall(r"z ≤ (\S+) \(independent\).*?z ≤ (\S+) if coherent", page)
     independent = _read([(768, 8)], 32)
     for printed, reading in zip(sizes[0], (independent, coherent), strict=True):
         assert _is_rounded_up(printed, reading.noise_multiplier)
