@@ -70,6 +70,7 @@ def test_the_page_says_what_is_missing_and_that_it_is_not_private(saved: Path) -
     assert "This report is itself not private" in words
     assert "Not finished: lora-fa" in words
     assert "no guarantee" in words
+    assert "most flattering" in words
     assert "Not a guarantee" in words
     assert re.search(r"None of these runs protects", words)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lora_privacy.assess.plots import Drawing
-    from lora_privacy.assess.result import Assessment
+    from lora_privacy.assess.result import Assessment, MethodResult
 
 __all__ = ["render"]
 
@@ -49,12 +49,13 @@ a { color: var(--link); } summary { cursor: pointer; padding: .3rem 0; }
 _CAPTIONS = {
     "noise-ratio": "The energy of the injected noise N = G(AᵀA − I), measured over predicted by "
     "its exact law. Filled: over fresh draws of A, with bars of two standard errors. Hollow: with "
-    "the A of training; a method that keeps one A shows a single draw, which scatters.",
+    "the A of training. LoRA-FA keeps one A, a single draw, which scatters; LoRA trains its A, "
+    "which then follows the gradients and may leave the prediction for good.",
     "quantiles": "One noise entry a layer over fresh draws of A. Dots on the line: the exact law "
     "holds. The dashed line is a Gaussian of the same variance; it leaves the dots in the tails.",
     "distances": "How far the noise is from a Gaussian. An entry comes close as the rank grows, "
-    "never as the layer widens; a whole row stays far, and two rows or more are told apart "
-    "surely, so no Gaussian mechanism can be read off.",
+    "never as the layer widens; a whole row stays far, and two non-zero rows or more are told "
+    "apart surely, so no Gaussian mechanism can be read off.",
     "dynamics": "How far the weight change of plain SGD is from −ηs²ΣG·AᵀA. LoRA-FA and FLoRA "
     "follow it to rounding; LoRA does as far as A stays where it was.",
     "training": "Training loss (mean of 20 steps) and held-out result.",
@@ -68,7 +69,7 @@ def render(result: Assessment, figures: Mapping[str, Drawing]) -> str:
         result: The assessment.
         figures: Drawings by name, as ``plots.draw_all`` returns them.
     """
-    title = f"{result.model_name} on {result.train.name}"
+    title = f"{result.model_name} on {result.train.name} ({result.train.origin})"
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
@@ -106,21 +107,28 @@ def _verdict(result: Assessment) -> str:
     names = escape(", ".join(method.method for method in result.methods))
     reasons = {method.proved.reason or "" for method in result.methods}
     readings = "; ".join(
-        f"{escape(method.method)}: ε = {number(method.implied.epsilon)}, and "
-        f"{number(method.flattering.epsilon)} with no distortion, the most flattering case"
-        for method in result.methods
+        f"ε = {number(method.implied.epsilon)}, or {number(method.flattering.epsilon)} in the "
+        f"most flattering case ({escape(group)})"
+        for group, method in _grouped(result)
     )
     return (
         "<div class=verdict><p><strong>No.</strong> None of these runs protects its training "
         f"data by a proved (ε, δ) bound.</p><ul><li><strong>{names}</strong>: no guarantee, "
-        f"because {escape('; '.join(sorted(reasons)))}.</li><li>Read as if the noise were "
-        "Gaussian and independent, which it is not, an accountant would print, at δ = "
+        f"because {escape(' '.join(sorted(reasons)))}</li><li>Read as if the noise were Gaussian "
+        "and independent, which it is not, an accountant would print, at δ = "
         f"{result.config.delta:g}: {readings}. This is a reading, not a guarantee, whatever "
-        "its size.</li></ul><p>The projection does inject noise; its law is known "
-        "exactly and measured below. But a law is not a guarantee: one A multiplies every "
-        "gradient of a step, and the weight update shows the row space of A to everybody.</p>"
-        "</div>"
+        "its size.</li></ul><p>The projection does inject noise; its law is known exactly and "
+        "measured below. But a law is not a guarantee: one A multiplies every gradient of a "
+        "step, and the weight update shows the row space of A to everybody.</p></div>"
     )
+
+
+def _grouped(result: Assessment) -> list[tuple[str, MethodResult]]:
+    """One method for each distinct reading, with the names of all that share it."""
+    groups: dict[str, list[MethodResult]] = {}
+    for method in result.methods:
+        groups.setdefault(f"{method.implied}{method.flattering}", []).append(method)
+    return [(", ".join(m.method for m in group), group[0]) for group in groups.values()]
 
 
 def _section_main(result: Assessment) -> str:
@@ -155,15 +163,15 @@ def _figures(figures: Mapping[str, Drawing]) -> str:
 
 def _section_implied(result: Assessment) -> str:
     parts = ["<h2>The implicit-privacy reading, and why it is not a guarantee</h2>"]
-    for method in result.methods:
-        parts.append(f"<h3>{escape(method.method)}</h3>")
-        parts.append(f"<pre>{escape(str(method.implied))}</pre>")
+    for group, method in _grouped(result):
+        parts.append(f"<h3>{escape(group)}</h3><pre>{escape(str(method.implied))}</pre>")
         parts.append(
-            "<p>With no distortion at all, which has probability 0, the same reading would be "
-            f"z = {number(method.flattering.noise_multiplier)} and ε = "
-            f"{number(method.flattering.epsilon)}: no choice of distortion flatters more.</p>"
+            "<p>The most flattering of these readings, with no distortion at all, which has "
+            "probability 0, and all noises of a batch adding up to the same side, would be z = "
+            f"{number(method.flattering.noise_multiplier)} and ε = "
+            f"{number(method.flattering.epsilon)}. It is no guarantee either. What is proved:</p>"
+            f"<pre>{escape(str(method.proved))}</pre>"
         )
-        parts.append(f"<pre>{escape(str(method.proved))}</pre>")
     return "\n".join(parts)
 
 

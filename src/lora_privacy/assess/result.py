@@ -60,7 +60,8 @@ class MethodResult:
         dynamics: The check of the linearised dynamics, a layer; empty when left out.
         proved: The proved ε, or ``inf`` with the reason.
         implied: The implicit-privacy reading at the honest distortion. Not a guarantee.
-        flattering: The same reading with no distortion at all, which has probability 0.
+        flattering: The most flattering reading: coherent noises and no distortion at all, which
+            has probability 0. Not a guarantee either.
     """
 
     method: str
