@@ -45,7 +45,7 @@ _ALL = (
         key="p1-implicit-2024",
         title="On the Implicit Relation between Low-Rank Adaptation and Differential Privacy",
         year=2024,
-        venue="arXiv:2409.17538",
+        venue="arXiv:2409.17538, versions 2 and 3",
     ),
     Reference(
         key="p2-projections-2026",

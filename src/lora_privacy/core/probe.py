@@ -184,7 +184,7 @@ class GradientRecord:
             went through the layer; from those with A, when A changed within the step.
 
     References:
-        arXiv:2409.17538, eq. 12, for ``projected`` and ``noise``.
+        arXiv:2409.17538, versions 2–3, eq. 12 as numbered there, for ``projected`` and ``noise``.
     """
 
     __slots__ = (
