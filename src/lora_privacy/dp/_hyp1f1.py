@@ -25,7 +25,7 @@ _LOG_WEIGHTS: Array = np.log(_WEIGHTS)
 # error of the rule for an integrand bounded by 1 on it (Trefethen, ATAP, Thm. 19.3).
 _RHO = 4.0
 _REAL, _IMAGINARY = (_RHO + 1 / _RHO) / 2, (_RHO - 1 / _RHO) / 2
-_GAUSS = 64 / 15 * _RHO ** (-2 * _POINTS) / (1 - _RHO**-2)
+_GAUSS = 64 / 15 * _RHO ** (2 - 2 * _POINTS) / (1 - _RHO**-2)
 _WIDEST = 0.5  # of a panel, in logits: the ellipse must stay clear of β = 0 and β = 1
 _PER_PANEL = 3.2  # widest panel in standard deviations of the peak
 _DROP = 36.0  # the panels end where the integrand is e^-36 of its peak
@@ -114,8 +114,8 @@ def _integrate(features: int, rank: int, x: Array) -> Array:
 
     # Panels: equal in logits, narrow against the curvature at the peak and at both ends.
     ends = np.stack([low, high])
-    curvature = a * special.expit(-ends) ** 2 + c * special.expit(ends) ** 2
-    curvature = np.maximum(curvature.max(axis=0), a * rest**2 + c * peak**2)
+    both: Array = a * special.expit(-ends) ** 2 + c * special.expit(ends) ** 2
+    curvature = np.maximum(both.max(axis=0), a * rest**2 + c * peak**2)
     panels = int(
         np.ceil((high - low) / np.minimum(_WIDEST, _PER_PANEL / np.sqrt(curvature))).max()
     )
@@ -125,7 +125,8 @@ def _integrate(features: int, rank: int, x: Array) -> Array:
             [_integrate(features, rank, x[:half]), _integrate(features, rank, x[half:])]
         )
     t = low[:, None] + (high - low)[:, None] * (np.arange(panels + 1) / panels)
-    beta, gamma = special.expit(t), special.expit(-t)
+    beta: Array = special.expit(t)
+    gamma: Array = special.expit(-t)
     width = np.where(t[:, 1:] < 0, beta[:, 1:] - beta[:, :-1], gamma[:, :-1] - gamma[:, 1:]) / 2
 
     share = (1 + _ROOTS) / 2
@@ -169,7 +170,7 @@ def _integrate(features: int, rank: int, x: Array) -> Array:
     fall = c - gamma[:, -1] * (a / beta[:, -1] + x / -np.expm1(-x * beta[:, -1]))
     value += _tail(height(high) - top, np.minimum(c, fall) * beta[:, -1])
 
-    logs = special.gammaln(np.array([a, c, total]))
+    logs: Array = special.gammaln(np.array([a, c, total]))
     size = (
         (a + 1) * np.abs(np.log(beta[:, 0]))
         + (c + 1) * np.abs(np.log(gamma[:, -1]))

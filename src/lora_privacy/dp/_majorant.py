@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from lora_privacy.dp._profiles import Direction
 from lora_privacy.errors import ConvergenceError
 
 Array = npt.NDArray[np.float64]
-Layers = tuple[tuple[int, int], ...]
+Layers = Sequence[tuple[int, int]]
 
 COARSE, FINE = 11, 14  # log2 of the points on [0, 1]: for profiles, and for one ε
 _EPS = float(np.finfo(np.float64).eps)
@@ -58,7 +59,10 @@ def upper_profile(
     for start in range(0, len(inner), rows):
         part = slice(start, start + rows)
         found[part] = _least(shapes, noise_multiplier, inner[part], size)
-    return np.minimum(plain, scale * found * (1 + _SLACK) + _TINY), plain
+    upper = np.minimum(plain, scale * found * (1 + _SLACK) + _TINY)
+    if np.isnan(upper).any():
+        raise ConvergenceError("A projected profile came out as NaN; please report it.")
+    return upper, plain
 
 
 def _inner(p: float, direction: Direction, epsilons: Array) -> tuple[Array, Array]:
@@ -84,7 +88,8 @@ def _least(shapes: list[tuple[int, int]], z: float, epsilons: Array, size: int) 
     """Least over a few majorants of the largest E ψ over layers, (K,)."""
     grids = [_dilated(features, rank, size) for features, rank in shapes]
     # φ is convex left of β₀ and concave right of it.
-    root = epsilons / (np.sqrt(1 + epsilons * epsilons) + 1) * 2 * epsilons * z * z
+    with np.errstate(over="ignore"):
+        root = epsilons / (np.hypot(1, epsilons) + 1) * z * (2 * epsilons * z)
     turn = np.minimum(root, 1.0)
     touches = [_best_touch(points, masses, z, epsilons, turn) for points, masses in grids]
     lines = [(touch, *_tangent(epsilons, touch, z)) for touch in touches]
@@ -129,9 +134,9 @@ def _best_touch(points: Array, masses: Array, z: float, epsilons: Array, turn: A
 
 def _tangent(epsilons: Array, touch: Array, z: float) -> tuple[Array, Array]:
     """φ and its derivative at ``touch``, > 0."""
-    mu = np.sqrt(np.maximum(touch, _TINY)) / z
-    value, density = _gauss(epsilons, mu)
-    return value, density / (2 * mu * z * z)
+    root = np.sqrt(np.maximum(touch, _TINY))
+    value, density = _gauss(epsilons, root / z)
+    return value, density / (2 * root * z)  # dμ/dβ = 1/(2 z √β)
 
 
 def _gauss(epsilons: Array, mu: Array) -> tuple[Array, Array]:
@@ -140,13 +145,14 @@ def _gauss(epsilons: Array, mu: Array) -> tuple[Array, Array]:
     Φ(-a) - e^ε Φ(-b), a = ε/μ - μ/2, b = a + μ (Balle & Wang, arXiv:1805.06530, Thm. 8); as
     e^ε φ(b) = φ(a), it is φ(a) (R(a) - R(b)) with Mills' ratio R, which does not overflow.
     """
-    ratio = epsilons / mu
-    a, b = ratio - mu / 2, ratio + mu / 2
-    density = np.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-    second = density * _mills(b)
-    first = np.where(a > -1, density * _mills(np.maximum(a, -1.0)), special.ndtr(-a))
-    value = np.maximum(first - second, 0.0)
-    slack = 32 * (first + second) + 8 * (ratio + mu) * (np.abs(a) * value + density)
+    with np.errstate(over="ignore"):
+        ratio = np.minimum(epsilons / mu, 1e100)
+        a, b = ratio - mu / 2, ratio + mu / 2
+        density = np.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+        second = density * _mills(b)
+        first = np.where(a > -1, density * _mills(np.maximum(a, -1.0)), special.ndtr(-a))
+        value = np.maximum(first - second, 0.0)
+        slack = 32 * (first + second) + 8 * (ratio + mu) * (np.abs(a) * value + density)
     return np.minimum(value * (1 + 4 * _EPS) + _EPS * slack, 1.0), density
 
 
@@ -173,7 +179,8 @@ def _dilated(features: int, rank: int, size: int) -> tuple[Array, Array]:
     half = 1 << (size - 1)
     t = np.linspace(left, centre, half, endpoint=False)
     t = np.concatenate([t, np.linspace(centre, right, half)])
-    beta, gamma = special.expit(t), special.expit(-t)
+    beta: Array = special.expit(t)
+    gamma: Array = special.expit(-t)
 
     share = (1 + _ROOTS) / 2
     beta_at = beta[:-1, None] * (1 - share) + beta[1:, None] * share

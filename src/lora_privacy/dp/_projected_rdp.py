@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from lora_privacy.dp import _moments
 from lora_privacy.dp._hyp1f1 import log_excess
 
 Array = npt.NDArray[np.float64]
-Layers = tuple[tuple[int, int], ...]
+Layers = Sequence[tuple[int, int]]
 
 MAX_SUMMED_ORDER = 1 << 14  # above it the bound by convexity in the mixture is used
 _EPS = float(np.finfo(np.float64).eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -67,7 +67,7 @@ class ProjectedGaussian:
     array([ True])
     """
 
-    layers: tuple[tuple[int, int], ...]
+    layers: Sequence[tuple[int, int]]
     noise_multiplier: float
     sample_rate: float = 1.0
 
@@ -118,7 +118,8 @@ class ProjectedGaussian:
             raise ValueError(f"orders must be finite and above 1, got {orders!r}.")
         noise = self._effective_noise(adjacency)
         moments = _projected_rdp.log_moment(self.layers, noise, self.sample_rate, wanted)
-        return np.nextafter(moments / (wanted - 1) * (1 + 4 * _EPS), np.inf)
+        with np.errstate(over="ignore"):
+            return np.nextafter(moments / (wanted - 1) * (1 + 4 * _EPS), np.inf)
 
     def profile(self, direction: Direction) -> Profile:
         """Upper bound of δ at each ε >= 0 for every record, one step, add/remove.
