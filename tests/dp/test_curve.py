@@ -1,17 +1,26 @@
 """Curves: never below the truth of the plain Gaussian, and refused where bounds do not mix."""
 
 import dataclasses
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
+from dp_accounting.pld import privacy_loss_distribution as peer_pld
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lora_privacy.dp import GaussianEvent, PrivacyBound, RdpAccountant, SampledGaussian
-from lora_privacy.dp.curve import PrivacyCurve, privacy_curve
+from lora_privacy.dp import (
+    GaussianEvent,
+    PldAccountant,
+    PrivacyBound,
+    PrivacyCurve,
+    RdpAccountant,
+    SampledGaussian,
+    privacy_curve,
+)
 from lora_privacy.errors import UnsupportedEventError
 from lora_privacy.references import cite
 
@@ -84,6 +93,32 @@ def test_an_accountants_curve_holds_for_its_true_trade_off() -> None:
     assert deltas == sorted(deltas, reverse=True)
     assert epsilons[0] == 0
     assert deltas[-1] == 1e-10
+
+
+def test_a_curve_from_grids_lies_on_the_safe_side_of_a_peer() -> None:
+    """Oracle: dp-accounting's optimistic δ, never above ours; its pessimistic one, 2 % at most.
+
+    A curve of δ at the next higher ε of 65, in place of its own, would fall below.
+    """
+    accountant = PldAccountant().compose(SampledGaussian(1.0, 0.1), 10)
+    curve = privacy_curve(accountant)
+    assert curve.method == "pld"
+    low, high = (
+        peer_pld.from_gaussian_mechanism(
+            1.0,
+            sampling_prob=0.1,
+            pessimistic_estimate=upper,
+            value_discretization_interval=2e-4,
+            use_connect_dots=upper,
+        ).self_compose(10)
+        for upper in (False, True)
+    )
+    for here, above in itertools.pairwise(curve.bounds[::4]):
+        assert low.get_delta_for_epsilon(here.epsilon) <= here.delta
+        assert here.delta <= 1.02 * high.get_delta_for_epsilon(here.epsilon)
+        assert low.get_delta_for_epsilon(here.epsilon) > above.delta
+    assert curve.bounds[0].epsilon == 0
+    assert curve.bounds[-1] == accountant.epsilon(1e-10)
 
 
 def test_a_history_without_cost_and_one_without_bound() -> None:

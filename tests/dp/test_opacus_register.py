@@ -360,14 +360,17 @@ def test_a_bare_step_is_refused() -> None:
 
 
 def test_a_registered_projection_is_charged_as_one(pristine: None) -> None:
-    """Pin of theory: 100 fresh steps at (768, 8), z = 1, δ = 1e-5 cost 4.882, not 96.1."""
+    """Pins of theory: 100 fresh steps at (768, 8), z = 1, δ = 1e-5.
+
+    Above the worst rank-one record's 4.511, below the 4.882 of Rényi divergences; plain: 91.8.
+    """
     register_projected("fresh", [(768, 8)])
     register_projected("fresh", ((768, 8),))  # the same again is harmless
     planned = create_accountant("fresh")
     planned.history = [(1.0, 1.0, 100)]
     event = ProjectedGaussian(layers=((768, 8),), noise_multiplier=1.0)
-    expected = RdpAccountant().compose(event, 100).epsilon(1e-5)
-    assert planned.get_epsilon(1e-5) == expected.epsilon == pytest.approx(4.882, abs=5e-4)
+    expected = PldAccountant().compose(event, 100).epsilon(1e-5)
+    assert 4.511 < planned.get_epsilon(1e-5) == expected.epsilon < 4.882
 
     hook = create_accountant("fresh").get_optimizer_hook_fn(sample_rate=1.0)
     _, stock = tiny(DPOptimizer)

@@ -8,13 +8,15 @@ several such lines is a lower bound again, so a coarse curve is loose and never 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
+from lora_privacy.dp import _solve
+from lora_privacy.dp.pld import PldAccountant
 from lora_privacy.dp.result import Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
 from lora_privacy.references import cite
@@ -25,6 +27,8 @@ Array = npt.NDArray[np.float64]
 
 _REFERENCE = "kairouz-composition-2015"
 _POINTS = 65
+_RTOL = 1e-12  # of ε: more than rounding moves a point of a grid
+_TOP, _MIDDLE = 0.3, 1e-3  # δ's that grids are built for, beside the one at the end
 
 
 class _Profile(Protocol):
@@ -161,5 +165,46 @@ def privacy_curve(
             f"There is no curve: no finite ε is proved up to δ = {end.delta:g}. {end.reason}"
         )
     inner = np.linspace(0.0, end.epsilon, points)[:-1] if end.epsilon > 0 else np.zeros(1)
-    bounds = [accountant.delta(float(epsilon)) for epsilon in inner]
-    return PrivacyCurve((*bounds, end))
+    if end.method == "pld" and isinstance(accountant, PldAccountant):
+        return PrivacyCurve((*_from_grids(accountant, inner, end), end))
+    return PrivacyCurve((*(accountant.delta(float(epsilon)) for epsilon in inner), end))
+
+
+def _from_grids(
+    accountant: PldAccountant, epsilons: Array, end: PrivacyBound
+) -> list[PrivacyBound]:
+    """Bounds at ``epsilons`` from a few grids, each of which holds a whole curve.
+
+    ``accountant.delta`` would build grids for every ε anew. The points of a grid lie on or above
+    the true curve, and so do the chords between them, because δ is convex in e^ε.
+    """
+    _, sources = accountant._sources()  # pyright: ignore[reportPrivateUsage]  (same package)
+    best = np.ones(epsilons.shape)
+    for level in (end.delta, math.sqrt(end.delta * _MIDDLE), _MIDDLE, _TOP):
+        if level == _TOP and best[0] < _TOP:
+            break  # a δ that large is nowhere on the curve
+        worst = np.zeros(epsilons.shape)
+        for at, delta in _solve.upper_points(sources, level):
+            found = _chord(at, delta, epsilons * (1 - _RTOL))
+            worst = np.maximum(worst, found)
+        best = np.minimum(best, worst)
+    reason = "the grids prove no δ below 1 at this ε."
+    return [
+        replace(
+            end,
+            epsilon=epsilon,
+            delta=min(1.0, max(delta, end.delta)),
+            reason=reason if delta >= 1 else None,
+        )
+        for epsilon, delta in zip(epsilons.tolist(), best.tolist(), strict=True)
+    ]
+
+
+def _chord(at: Array, delta: Array, epsilons: Array) -> Array:
+    """δ on the line, in e^ε, between the points around each ε; 1 before the first point."""
+    before = np.searchsorted(at, epsilons, side="right") - 1
+    k = np.clip(before, 0, max(len(at) - 2, 0))
+    after = np.minimum(k + 1, len(at) - 1)
+    width = np.maximum(np.expm1(at[after] - at[k]), 1e-300)
+    share = np.clip(np.expm1(np.minimum(epsilons - at[k], 600.0)) / width, 0.0, 1.0)
+    return np.where(before < 0, 1.0, delta[k] + share * (delta[after] - delta[k]))

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from opacus.accountants import (  # pyright: ignore[reportMissingTypeStubs]
@@ -79,7 +79,7 @@ def register_projected(name: str, layers: Sequence[tuple[int, int]]) -> None:
         )
 
     event_of(1.0, 1.0)  # refuses layers that the proof does not cover, before any run
-    make = functools.partial(ProjectedOpacusAccountant, name, shapes, RdpAccountant(), event_of)
+    make = functools.partial(ProjectedOpacusAccountant, name, shapes, PldAccountant(), event_of)
     _register(name, make)
 
 
@@ -145,7 +145,7 @@ class SampledOpacusAccountant(IAccountant):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take over a state; ValueError unless it is one of ours and nothing was charged yet."""
-        _check_state(state_dict, {"history"}, self)
+        _check_state(state_dict, {"history"}, self._name, charged=bool(self.history))
         self.history = checked_history(state_dict["history"])
 
 
@@ -255,7 +255,8 @@ class ProjectedOpacusAccountant(IAccountant):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take over a ledger; ValueError unless it is whole and ours, and nothing was charged."""
-        _check_state(state_dict, {"history", "layers", "seed_digests", "matrix_digests"}, self)
+        keys = {"history", "layers", "seed_digests", "matrix_digests"}
+        _check_state(state_dict, keys, self._name, charged=bool(self.history))
         self._ledger = AttestedLedger.restored(state_dict, self.layers)
 
 
@@ -328,9 +329,8 @@ def _fill(destination: dict[str, Any] | None, **state: object) -> dict[str, Any]
     return target
 
 
-def _check_state(state: Mapping[str, Any], keys: set[str], accountant: IAccountant) -> None:
-    """Raise ValueError unless ``state`` is of ``accountant``, which has not charged a step."""
-    name: object = accountant.mechanism()
+def _check_state(state: Mapping[str, Any], keys: set[str], name: str, *, charged: bool) -> None:
+    """Raise ValueError unless ``state`` is of accountant ``name``, which has no history yet."""
     found = state.get("mechanism") if state else None
     if found != name:
         raise ValueError(
@@ -341,7 +341,7 @@ def _check_state(state: Mapping[str, Any], keys: set[str], accountant: IAccounta
         raise ValueError(
             f"state_dict must hold exactly {sorted({'mechanism', *keys})}, got {sorted(state)}."
         )
-    if cast("Sequence[object]", accountant.history):
+    if charged:
         raise ValueError(
             "state_dict would replace steps that were charged already, and what they released "
             "stays released. Load it into a new accountant."
