@@ -162,6 +162,15 @@ def test_one_rank_for_all_layers_is_searched() -> None:
     assert answer["bound"]["epsilon"] == epsilon_at(rank) <= 2 < epsilon_at(rank + 1)
 
 
+def test_the_rank_is_at_most_what_the_smallest_layer_has() -> None:
+    """Where every rank meets the target; at full rank nothing is projected away."""
+    run = ["--noise-multiplier", "1", "--sample-rate", "1", "--steps", "1"]
+    loose = ["--epsilon", "50", "--delta", "1e-5", "--accountant", "rdp", "--json"]
+    done = call("calibrate", *loose, *run, "--projected", "8", "--projected", "4")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["value"] == 4
+
+
 SAMPLED = ["--sample-rate", "0.01"]
 
 

@@ -83,9 +83,10 @@ def plot_trade_off(curve: PrivacyCurve, ax: Axes) -> Axes:
     ax.fill_between(fpr, curve.trade_off(fpr), 1 - fpr, color=colour, alpha=0.12, linewidth=0)
     colour, _, line = _STYLES[2]
     ax.plot([0, 1], [1, 0], line, color=colour, label="blind guessing")
+    ax.plot([], [], " ", label=f"advantage ≤ {curve.advantage():.3g}")
     ax.set_aspect("equal")
     ax.set_xlabel("false-positive rate")
     ax.set_ylabel("false-negative rate")
-    ax.set_title(f"trade-off, {curve.adjacency}, advantage ≤ {curve.advantage():.3g}")
+    ax.set_title(f"trade-off, {curve.adjacency}")
     ax.legend(loc="upper right")
     return ax

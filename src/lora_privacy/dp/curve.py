@@ -179,7 +179,7 @@ def _from_grids(
     the true curve, and so do the chords between them, because δ is convex in e^ε.
     """
     _, sources = accountant._sources()  # pyright: ignore[reportPrivateUsage]  (same package)
-    best = np.ones(epsilons.shape)
+    best: Array = np.ones(epsilons.shape)
     for level in (end.delta, math.sqrt(end.delta * _MIDDLE), _MIDDLE, _TOP):
         if level == _TOP and best[0] < _TOP:
             break  # a δ that large is nowhere on the curve
