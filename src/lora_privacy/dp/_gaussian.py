@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy.dp._profiles import SampledPair
 
-__all__ = ["delta_interval", "epsilon_interval", "trade_off"]
+__all__ = ["crossing", "delta_interval", "epsilon_interval", "trade_off"]
 
 Array = npt.NDArray[np.float64]
 
@@ -26,7 +27,7 @@ def delta_interval(low_mu: float, high_mu: float, epsilon: float) -> tuple[float
     at = np.array([epsilon])
     if math.isinf(high_mu):
         return 0.0, 1.0
-    lower = float(SampledPair(low_mu, 1.0).lines(at, (np.ones(1),))[0][0])
+    lower = float(SampledPair(low_mu, 1.0).lower("remove", at)[0])
     upper = float(SampledPair(high_mu, 1.0).upper("remove", at)[0])
     return max(0.0, lower), min(1.0, upper)
 
@@ -36,25 +37,30 @@ def epsilon_interval(low_mu: float, high_mu: float, delta: float) -> tuple[float
     if math.isinf(high_mu):
         return 0.0, math.inf
 
-    def search(end: int) -> tuple[float, float]:
-        """Bisect on one end of δ(ε): an ε where it is above ``delta``, one where it is not."""
+    def end(which: int) -> tuple[float, float]:
+        return crossing(
+            lambda epsilon: delta_interval(low_mu, high_mu, epsilon)[which] <= delta,
+            high_mu * (high_mu / 2 + 40.0),
+        )
 
-        def allowed(epsilon: float) -> bool:
-            return delta_interval(low_mu, high_mu, epsilon)[end] <= delta
+    return end(0)[0], end(1)[1]
 
-        if allowed(0.0):
-            return 0.0, 0.0
-        low, high = 0.0, high_mu * (high_mu / 2 + 40.0)
-        while not allowed(high):
-            low, high = high, 2 * high
-        for _ in range(_ROUNDS):
-            if high - low <= _WIDTH * high:
-                break
-            middle = 0.5 * (low + high)
-            low, high = (low, middle) if allowed(middle) else (middle, high)
-        return low, high
 
-    return search(0)[0], search(1)[1]
+def crossing(allowed: Callable[[float], bool], start: float) -> tuple[float, float]:
+    """An ε that is not ``allowed`` and a little larger one that is; both 0 if 0 is allowed."""
+    if allowed(0.0):
+        return 0.0, 0.0
+    low, high = 0.0, start
+    while not allowed(high):
+        low, high = high, 2 * high
+        if math.isinf(high):
+            return low, high
+    for _ in range(_ROUNDS):
+        if high - low <= _WIDTH * high:
+            break
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if allowed(middle) else (middle, high)
+    return low, high
 
 
 def trade_off(high_mu: float, fpr: Array) -> Array:

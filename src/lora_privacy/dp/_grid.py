@@ -106,7 +106,7 @@ def below(pair: SampledPair, direction: Direction, step: float, half: int, tilt:
         left[0], right[0] = 1.0, end
         measures.append(_from_least_loss(_dots(left, right, pair.rate), step, offset))
     growth = np.exp(np.minimum(tilt * step * np.arange(half + 1), 700.0))
-    return max(measures, key=lambda measure: float(measure.masses @ growth))
+    return max(measures, key=lambda one: float(one.masses @ growth[one.first : one.last + 1]))
 
 
 def _from_least_loss(dots: Array, step: float, offset: float) -> Measure:
@@ -209,12 +209,30 @@ def _joined(ours: Array, theirs: Array, step: float, sign: int) -> Measure:
     right, left = _masses(ours, step), _masses(theirs, step)[::-1] * decay
     # At loss 0 the lines of both sides meet.
     middle = 1 - ours[0] - (ours[0] - ours[1] + theirs[0] - theirs[1]) / math.expm1(step)
-    masses = np.concatenate([left, [max(middle, 0.0)], right])
+    if middle < 0 and step * half <= _MAX_HULL:
+        masses = _jointly_convex(ours, theirs, step)
+    else:
+        masses = np.concatenate([left, [max(middle, 0.0)], right])
     negative = -np.expm1(-step * np.arange(half, 0, -1)) + decay * theirs[:0:-1]
     wanted = np.concatenate([[1.0], negative, ours])
     return _certified(
         Measure(step, -half, masses, float(ours[-1]) if sign > 0 else 0.0), wanted, sign
     )
+
+
+def _jointly_convex(ours: Array, theirs: Array, step: float) -> Array:
+    """Masses of the greatest convex minorant where the sides do not join convexly at ε = 0.
+
+    Left of 0 the slopes are those of e^ε theirs(-ε), less 1, which costs some precision.
+    """
+    half, whole = len(ours) - 1, math.expm1(step)
+    falls = (theirs[:-1] - math.exp(-step) * theirs[1:]) / -math.expm1(-step)
+    slopes = np.concatenate([[theirs[-1]], falls[::-1]]) - 1
+    slopes = np.append(slopes, np.diff(ours) * np.exp(-step * np.arange(half)) / whole)
+    nodes = np.exp(step * np.arange(-half, half + 1))
+    weights = np.append(nodes[0], np.diff(nodes))
+    convex: Array = optimize.isotonic_regression(slopes, weights=weights).x
+    return np.maximum(nodes * np.diff(np.append(np.minimum(convex, 0.0), 0.0)), 0.0)
 
 
 def _masses(dots: Array, step: float) -> Array:
@@ -234,7 +252,7 @@ def _masses(dots: Array, step: float) -> Array:
 
 
 def _certified(measure: Measure, wanted: Array, sign: int) -> Measure:
-    """Scale until the profile is >= (sign 1) or <= (-1) the dots ``wanted`` at every point.
+    """Scale until the profile is above (sign 1) or below (-1) the dots ``wanted``.
 
     The first entry of ``wanted`` is the whole mass, the profile at x = 0.
     """
@@ -243,19 +261,31 @@ def _certified(measure: Measure, wanted: Array, sign: int) -> Measure:
     found = np.append(masses.sum() + infinite, found)
     error = 8 * _EPS * len(masses)
     if sign > 0:
-        lacking = wanted * (1 + 8 * _EPS) - found * (1 - error)
+        # Between two points with mass the profile is a line. It is above a convex function if it
+        # is at those points, so the dots that the convex minorant passed by need no check.
+        vertex = np.concatenate([[True], masses > 0])
+        vertex[-1] = True
+        lacking = np.where(vertex, wanted * (1 + 8 * _EPS) - found * (1 - error), 0.0)
         # Most of what is lacking is rounding: a factor. Where the profile is that of the infinite
         # loss only, its mass is raised instead.
         main = found > 100 * max(infinite, 1e-290)
         raised = max(0.0, float(np.max(lacking[main] / found[main], initial=0.0))) + 8 * _EPS
         more = max(0.0, float(np.max(lacking[~main] - raised * found[~main], initial=0.0)))
-        return replace(
-            measure, masses=masses * (1 + raised), infinite=(infinite + 2 * more) * (1 + raised)
-        )
+        infinite = (infinite + 2 * more) * (1 + raised)
+        return _trimmed(replace(measure, masses=masses * (1 + raised), infinite=infinite))
     excess = found * (1 + error) - wanted * (1 - 8 * _EPS)
     share = np.divide(excess, found, out=np.zeros_like(found), where=found > 0)
     factor = 1 - min(1.0, max(0.0, float(share.max())))
-    return replace(measure, masses=masses * (factor * (1 - 4 * _EPS)))
+    return _trimmed(replace(measure, masses=masses * (factor * (1 - 4 * _EPS))))
+
+
+def _trimmed(measure: Measure) -> Measure:
+    """Without the zeros at both ends, which would only overflow in moments."""
+    nonzero = np.flatnonzero(measure.masses)
+    if not nonzero.size:
+        return replace(measure, masses=measure.masses[:1])
+    start, stop = int(nonzero[0]), int(nonzero[-1]) + 1
+    return replace(measure, first=measure.first + start, masses=measure.masses[start:stop])
 
 
 def profile_at_nodes(masses: Array, infinite: float, step: float) -> Array:

@@ -86,9 +86,16 @@ class SampledPair:
 
     def upper(self, direction: Direction, epsilons: Array) -> Array:
         """The exact profile at ``epsilons`` >= 0, rounded up."""
+        return self._profile(direction, epsilons, 1)
+
+    def lower(self, direction: Direction, epsilons: Array) -> Array:
+        """The exact profile at ``epsilons`` >= 0, rounded down."""
+        return np.maximum(self._profile(direction, epsilons, -1), 0.0)
+
+    def _profile(self, direction: Direction, epsilons: Array, sign: int) -> Array:
         p = self.rate
         if p == 1:
-            return self._gaussian(epsilons)
+            return self._gaussian(epsilons, sign)
         if direction == "remove":
             # p δ_Gauss(τ), e^τ = 1 + (e^ε - 1)/p
             tau = np.where(
@@ -96,16 +103,16 @@ class SampledPair:
                 np.log1p(np.expm1(np.minimum(epsilons, 1.0)) / p),
                 epsilons - math.log(p) + np.log1p((p - 1) * np.exp(-epsilons)),
             )
-            return p * self._gaussian(tau) + _TINY
-        # e^ε w δ_Gauss(τ), w = e^-ε - (1-p), e^-τ = w/p. It grows with w, which is rounded up, and
-        # is 0 where w is: the loss never exceeds -log(1-p).
+            return p * (1 + 4 * sign * _EPS) * self._gaussian(tau, sign) + sign * _TINY
+        # e^ε w δ_Gauss(τ), w = e^-ε - (1-p), e^-τ = w/p. It grows with w, which is rounded, and is
+        # 0 where w is: the loss never exceeds -log(1-p).
         near = np.minimum(epsilons, _LONGEST_ADD)
-        w, share = p + np.expm1(-near), np.expm1(-near) / p
-        inside = w > -4 * _EPS * p
-        w = np.where(inside, w + 4 * _EPS * p, p)
+        w, share = p + np.expm1(-near) + sign * 4 * _EPS * p, np.expm1(-near) / p
+        inside = w > 0
+        w = np.where(inside, w, p)
         tau = np.where(share > -0.5, -np.log1p(np.maximum(share, -0.5)), -np.log(w / p))
-        value = np.exp(near) * w * self._gaussian(np.maximum(tau, 0.0))
-        return np.where(inside, value * (1 + 8 * _EPS) + _TINY, 0.0)
+        value = np.exp(near) * w * self._gaussian(np.maximum(tau, 0.0), sign)
+        return np.where(inside, value * (1 + 8 * sign * _EPS) + sign * _TINY, 0.0)
 
     def lines(self, tau: Array, ratios: tuple[Array, ...]) -> list[Array]:
         """Φ(-a) - ratio e^τ Φ(-b) for each ratio, rounded down; a = τ/μ - μ/2, b = a + μ.
@@ -114,9 +121,9 @@ class SampledPair:
         """
         return self._differences(tau, ratios, -1)
 
-    def _gaussian(self, tau: Array) -> Array:
-        """δ of N(μ, 1) against N(0, 1) at ``tau`` >= 0, rounded up (Balle & Wang, Thm. 8)."""
-        return self._differences(tau, (np.ones(1),), 1)[0]
+    def _gaussian(self, tau: Array, sign: int) -> Array:
+        """δ of N(μ, 1) against N(0, 1) at ``tau`` >= 0, rounded (Balle & Wang, Thm. 8)."""
+        return self._differences(tau, (np.ones(1),), sign)[0]
 
     def _differences(self, tau: Array, ratios: tuple[Array, ...], sign: int) -> list[Array]:
         """``lines``, moved by their rounding error up or down.

@@ -90,7 +90,7 @@ class PldAccountant:
         delta = _checked_delta(delta)
         low, high = self.epsilon_interval(delta)
         method = self._method()
-        if method == "pld" and high - low > _solve.WIDTH * high:
+        if method == "pld" and not (math.isfinite(high) and high - low <= _solve.WIDTH * high):
             other = self._rdp()
             if other is not None and (bound := other.epsilon(delta)).epsilon < high:
                 return bound
@@ -216,7 +216,10 @@ class PldAccountant:
     def _bound(self, epsilon: float, delta: float, method: str) -> PrivacyBound:
         reason = None
         if math.isinf(epsilon):
-            reason = f"no grid that fits into memory holds the losses at δ = {delta!r}."
+            reason = (
+                f"no finite ε is proved at δ = {delta!r}: losses may be infinite with a larger "
+                "probability, or no grid that fits into memory holds them."
+            )
         elif delta == 1:
             reason = f"no δ below 1 is proved at ε = {epsilon!r}."
         assumptions = ["each record's contribution to a release has norm at most the clip norm"]
