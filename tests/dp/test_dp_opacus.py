@@ -5,7 +5,13 @@ import warnings
 import pytest
 from opacus.accountants import RDPAccountant as OpacusAccountant
 
-from lora_privacy.dp import GaussianEvent, RdpAccountant, SampledGaussian, implied_privacy
+from lora_privacy.dp import (
+    GaussianEvent,
+    PldAccountant,
+    RdpAccountant,
+    SampledGaussian,
+    implied_privacy,
+)
 from lora_privacy.dp.opacus import to_opacus
 from lora_privacy.errors import UnsupportedEventError
 
@@ -23,6 +29,14 @@ def test_an_accountant_keeps_its_ledger() -> None:
     assert accountant.epsilon(1e-6).epsilon == pytest.approx(
         theirs.get_epsilon(1e-6), rel=1e-9, abs=0
     )
+
+
+def test_accountants_of_losses_have_a_history_too() -> None:
+    """Opacus then accounts it by Rényi divergences: an ε above ours."""
+    accountant = PldAccountant().compose(SampledGaussian(1.2, 0.02), 400)
+    theirs = to_opacus(accountant)
+    assert theirs.history == [(1.2, 0.02, 400)]
+    assert theirs.get_epsilon(1e-6) > accountant.epsilon(1e-6).epsilon
 
 
 def test_a_reading_becomes_a_history() -> None:
@@ -52,5 +66,5 @@ def test_nothing_to_set_is_refused() -> None:
     with pytest.raises(UnsupportedEventError, match="adding or removing one record"):
         to_opacus(RdpAccountant("replace").compose(GaussianEvent(1.0)))
     bound = RdpAccountant().compose(GaussianEvent(1.0)).epsilon(1e-5)
-    with pytest.raises(TypeError, match="must be an ImpliedPrivacy or an RdpAccountant"):
+    with pytest.raises(TypeError, match="must be an ImpliedPrivacy or an accountant"):
         to_opacus(bound)

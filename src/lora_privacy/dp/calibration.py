@@ -107,7 +107,8 @@ def calibrate(
 
     Returns:
         The value is rounded up in its fifth digit, and the bound is proved at the rounded value.
-        Smaller values may meet the target by less than 1e-4 of the value.
+        It is within 1.2e-4 of where the accountant's own ε crosses the target; the slack of that
+        ε, up to 1 % for ``PldAccountant``, is paid in noise.
 
     Raises:
         ValueError: A target is out of range or NaN.

@@ -27,7 +27,7 @@ from lora_privacy.dp.attestation import (
     checked_layers,
 )
 from lora_privacy.dp.calibration import Accountant
-from lora_privacy.dp.events import Event, GaussianEvent, ProjectedGaussian, SampledGaussian
+from lora_privacy.dp.events import GaussianEvent, ProjectedGaussian, SampledGaussian
 from lora_privacy.dp.pld import PldAccountant
 from lora_privacy.dp.rdp import RdpAccountant
 from lora_privacy.dp.result import ImpliedPrivacy, PrivacyBound
@@ -260,7 +260,7 @@ class ProjectedOpacusAccountant(IAccountant):
         self._ledger = AttestedLedger.restored(state_dict, self.layers)
 
 
-def _history_entry(event: Event, count: int) -> tuple[float, float, int]:
+def _history_entry(event: object, count: int) -> tuple[float, float, int]:
     if isinstance(event, GaussianEvent):
         return event.noise_multiplier, 1.0, count
     if isinstance(event, SampledGaussian):
@@ -348,7 +348,7 @@ def _check_state(state: Mapping[str, Any], keys: set[str], name: str, *, charged
         )
 
 
-def to_opacus(source: ImpliedPrivacy | RdpAccountant) -> OpacusRdpAccountant:
+def to_opacus(source: ImpliedPrivacy | RdpAccountant | PldAccountant) -> OpacusRdpAccountant:
     """Return an Opacus accountant whose ``history`` holds ``[(σ, q, steps), …]`` of ``source``.
 
     The history of a reading is a reading: Opacus' ``get_epsilon`` prints the implied ε, which is
@@ -370,7 +370,7 @@ def to_opacus(source: ImpliedPrivacy | RdpAccountant) -> OpacusRdpAccountant:
                 f"The reading has an implied noise multiplier of {source.noise_multiplier:g}: "
                 f"{source.reason}. There is no noise for Opacus to account; lower the distortion."
             )
-    elif isinstance(source, RdpAccountant):  # pyright: ignore[reportUnnecessaryIsInstance]
+    elif isinstance(source, RdpAccountant | PldAccountant):  # pyright: ignore[reportUnnecessaryIsInstance]
         if source.adjacency != "add-remove":
             raise UnsupportedEventError(
                 "Opacus accounts for adding or removing one record; the accountant has "
@@ -381,7 +381,7 @@ def to_opacus(source: ImpliedPrivacy | RdpAccountant) -> OpacusRdpAccountant:
         history = [_history_entry(event, count) for event, count in source.events]
     else:
         raise TypeError(
-            f"source must be an ImpliedPrivacy or an RdpAccountant, got {type(source).__name__}."
+            f"source must be an ImpliedPrivacy or an accountant, got {type(source).__name__}."
         )
     accountant = OpacusRdpAccountant()
     accountant.history = history
