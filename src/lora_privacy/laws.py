@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from scipy import special  # pyright: ignore[reportMissingTypeStubs]
-
 from lora_privacy import _validate
 
 __all__ = [
@@ -91,6 +89,9 @@ def distortion_probability(rank: int, distortion: float) -> float:
         rank: Rows of A, at least 1.
         distortion: τ >= 0, dimensionless; from τ = 1 on the lower tail is empty.
     """
+    # Imported here: core reads laws, and needs no scipy.
+    from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
     half = rank / 2.0
     short = float(special.gammainc(half, half * max(0.0, 1.0 - distortion) ** 2))
     return short + float(special.gammaincc(half, half * (1.0 + distortion) ** 2))
