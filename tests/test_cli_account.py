@@ -50,7 +50,7 @@ def test_the_table_says_the_same_and_what_it_rests_on() -> None:
     done = call("account", *RUN, "--delta", "1e-5", "--accountant", "rdp")
     assert done.exit_code == 0, done.output
     assert "| ε, at most | 2.10133 nats |" in done.output
-    assert "| δ | 1e-05 |" in done.output
+    assert "| δ, at most | 1e-05 |" in done.output
     assert "| neighbours | add-remove of one training example |" in done.output
     assert "1,000 × Gaussian noise, noise multiplier 1, sampling rate 0.01" in done.output
     for start in ("Assumes: ", "Sources: ", "Not covered: "):

@@ -15,6 +15,7 @@ from lora_privacy.dp import (
     Calibration,
     GaussianEvent,
     PldAccountant,
+    ProjectedGaussian,
     RdpAccountant,
     SampledGaussian,
     calibrate,
@@ -122,6 +123,29 @@ def test_a_rank_is_the_largest_that_meets_or_the_largest_allowed() -> None:
     assert calibrate_rank(event_of, max_rank=3, **target).value == 3
     with pytest.raises(CalibrationError, match="Rank 1 already misses the target"):
         calibrate_rank(lambda _: GaussianEvent(0.1), max_rank=4, **target)
+
+
+def test_a_projection_is_calibrated_down_to_what_its_worst_record_needs() -> None:
+    """Pin of theory: a rank-one record at (768, 8), z = 1, δ = 1e-5 costs .440478 exactly.
+
+    So no z below 1 can be certified for that ε, and the sound bound for all records needs less
+    than 1 % more.
+    """
+
+    def event_of(z: float) -> ProjectedGaussian:
+        return ProjectedGaussian(layers=((768, 8),), noise_multiplier=z)
+
+    found = calibrate(event_of, epsilon=0.440478, delta=1e-5, steps=1)
+    assert 1.0 <= found.value < 1.01
+    assert found.bound == PldAccountant().compose(event_of(found.value)).epsilon(1e-5)
+    rank = calibrate_rank(
+        lambda rank: ProjectedGaussian(layers=((768, rank),), noise_multiplier=found.value),
+        epsilon=0.440478,
+        delta=1e-5,
+        steps=1,
+        max_rank=768,
+    )
+    assert rank.value == 8
 
 
 def test_what_is_spent_already_counts() -> None:

@@ -273,7 +273,7 @@ def _bound_text(
 ) -> str:
     rows = (
         ("ε, at most", "none" if bound.reason else f"{round_up(bound.epsilon)} nats"),
-        ("δ", repr(bound.delta) if bound.delta < 1 else "1"),
+        ("δ, at most", repr(bound.delta) if bound.delta < 1 else "1"),
         ("neighbours", f"{bound.adjacency} of {bound.unit}"),
         ("releases", f"{steps:,} × {release}"),
         ("method", bound.method),
