@@ -16,7 +16,7 @@ help:  ## list the commands
 demo: $(STAMPS)/install $(STAMPS)/demo-model  ## fine-tune, measure and report on the embedded default
 	@echo "== assessing LoRA, LoRA-FA and FLoRA on the embedded default (a few minutes on two cores;"
 	@echo "   a finished run is only rendered again, make clean forgets it)"
-	$(BIN)/lora-privacy assess --output reports/demo --last-layers 2 --train-size 1200 \
+	$(BIN)/lora-privacy assess --output reports/demo --last-layers 2 \
 	    --dev-size 600 --resume --overwrite
 	@echo "== the report is reports/demo/report.html, its numbers are reports/demo/report.json"
 
