@@ -40,6 +40,9 @@ ORACLE = [
     (768, 8, 0.999999, 1.0, 0.02),
     (400, 400, 0.9, 1.0, 71.0),
     (27, 40, 0.0, 3.0, 0.0),
+    # Just above the floor: all of the rest is a sliver of T next to R = 0.
+    (5, 3, 0.95, 1.0, 3e4),
+    (768, 8, 0.999, 1.0, 1e6),
     (1000, 256, 0.9999, 1.0, 3.0),
 ]
 
@@ -75,9 +78,14 @@ def delta_by_tails(m: int, r: int, rho: float, nu: float, epsilon: float, digits
         grid = {s * mp.mpf(2) ** (e / 2) for s in (-1, 1) for e in range(-4, 14)} | {mp.mpf(0)}
         # Geometric cuts towards the points where the integrand is not analytic.
         near = {p + s * mp.mpf(2) ** -e for p in points for s in (-1, 1) for e in range(2, 20, 3)}
+        if epsilon > 1e3:
+            near |= {zero + mp.mpf(2) ** (-e / 2) for e in range(60)}
         cuts = sorted({p for p in (*points, *grid, *near) if p >= zero})
         nodes = [(mp.mpf(float(x)), mp.mpf(float(w))) for x, w in zip(*GAUSS, strict=True)]
-        total = mp.quad(density, [-mp.inf, zero - 1, zero])
+        # The heavy tail below R = 0, as an integral over tan θ = t/√r.
+        ends = [-mp.pi / 2, mp.atan(zero / mp.sqrt(r))]
+        total = mp.quad(lambda angle: mp.cos(angle) ** (r - 1), ends)
+        total /= mp.beta(mp.mpf(r) / 2, mp.mpf(1) / 2)
         for low, high in itertools.pairwise(cuts):
             half = (high - low) / 2
             total += half * sum(
@@ -219,7 +227,12 @@ def test_floor(pair: tuple[int, int, float], floor: float) -> None:
     below = law.epsilon(law.floor)
     assert math.isinf(below.epsilon)
     assert "never gives" in str(below)
-    assert 1e3 < law.epsilon(law.floor * 1.001).epsilon < math.inf
+    # There δ - floor ≈ E[Q] f(0) / (2ε) with f the density of R, as L ≈ Q/(2R) near R = 0.
+    m, r, rho = pair
+    scale = math.sqrt((1 - rho**2) / r)
+    density = stats.t.pdf(rho / scale, r) / scale
+    expected = (m + r - 1) * density / (2 * 1e-3 * law.floor)
+    assert law.epsilon(law.floor * 1.001).epsilon == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(

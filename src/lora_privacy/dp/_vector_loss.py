@@ -31,15 +31,21 @@ RTOL = 1e-10
 
 _DROP = 30.0  # e-folds below its peak where an integrand is cut; e^-30 ≈ 1e-13
 _AGREEMENT = 2e-11  # of the halved panels; the finer sum, far more accurate, is returned
+_IGNORED = 34.0  # e-folds below the result at which a node is skipped; π e^-34 ≈ 5e-15
+_EDGE = 1e-13  # of a segment: closer to its end lies rounding
 _ROUNDS = 48
 _NEWTON = 100
 _MAX_FACTOR = 8.0  # of one Newton step in ε
+_CLOSE = 1e-5  # of log δ: one more Newton step squares it
+_STEEP = 3.0  # -d log δ / d log ε beyond which δ falls like a normal tail, not like a power
 # Two rules for the inner integral, used in turn, so that each check is one of both integrals.
 _INNER = tuple(np.polynomial.legendre.leggauss(n) for n in (34, 42))
 _OUTER, _OUTER_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(16))
 _FINE, _FINE_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(96))
 # Panels before any refinement: powers of two of the scale 1/√r of θ.
-_SCALES = np.exp2(np.arange(-2.0, 6.0))
+_SCALES = np.exp2(np.arange(-1.0, 6.0))
+# Steps of s, whose law has a standard deviation of .7, where panels are cut.
+_STEPS = np.array([-4.0, -1.5, 0.0, 1.5, 4.0, 8.5])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,35 +93,41 @@ class VectorLoss:
         least = math.log(delta) + math.log(gap) if gap > 0 else -math.inf
         aim = (goal + least) / 2 if gap > 0 else goal - math.log(2)
         low, high = 0.0, math.inf
-        epsilon, bias, checks = self._guess(delta), 0.0, 0
+        epsilon, look, zero = self._guess(delta), self._glance, False
         for turn in range(_NEWTON):
-            exact = checks > 1
-            value, above = self._resolved(epsilon) if exact else self._glance(epsilon)
-            value += 0.0 if exact else bias
-            if least <= value <= goal:
-                truth = value if exact else self._resolved(epsilon)[0]
-                if least <= truth <= goal:
-                    return epsilon
-                # What a glance misses hardly changes with ε; what it said before does not count.
-                bias, value, low, high = bias + truth - value, truth, 0.0, math.inf
-                checks += 1
-            if turn == 0 and value <= goal and self._glance(0.0)[0] <= goal + 1e-6:
-                if self._resolved(0.0)[0] <= goal:
+            value, above = look(epsilon, goal - _IGNORED)
+            if look == self._resolved and least <= value <= goal:
+                return epsilon
+            if value <= goal and not zero and (turn == 0 or epsilon < 1e-6):
+                zero = True  # δ(0) may be low enough
+                if self._glance(0.0)[0] <= goal + 1e-6 and self._resolved(0.0)[0] <= goal:
                     return 0.0
-                epsilon = 1e-9  # δ(0) is within rounding of the goal: start from there
-                continue
-            low, high = (epsilon, high) if value > goal else (low, epsilon)
-            # Newton in (log ε, log of what is above the floor): straight in a power-law tail.
-            step = math.inf if value > goal else -math.inf
-            if above > value > -math.inf:  # -d log δ / dε = P[L > ε]/δ - 1
-                step = (value - aim) / (math.expm1(min(above - value, 700.0)) * epsilon)
-            limit = math.log(_MAX_FACTOR)
-            guess = epsilon * math.exp(min(max(step, -limit), limit))
+            if look == self._glance and abs(value - aim) < _CLOSE:
+                look, low, high = self._resolved, 0.0, math.inf  # from here all is checked
+            else:
+                low, high = (epsilon, high) if value > goal else (low, epsilon)
+            guess = self._newton(epsilon, value, above, aim)
             epsilon = guess if low < guess < high else (low + high) / 2
         raise ConvergenceError(
             f"The search for ε at δ = {delta!r} of the pair with {self._named()} did not end; no "
             "value is returned. Please report the pair."
         )
+
+    @staticmethod
+    def _newton(epsilon: float, value: float, above: float, aim: float) -> float:
+        """Next ε, from ``value`` = log δ(ε), ``above`` = log P[L > ε] and the log wanted."""
+        step = math.inf if value > aim else -math.inf  # of log ε
+        if above > value > -math.inf:
+            slope = math.expm1(min(above - value, 700.0))  # -d log δ / dε
+            if slope * epsilon > _STEEP and value < -1:
+                # As of a normal loss: √(-log δ) is straight in ε.
+                root = math.sqrt(-value)
+                step = 2 * root * (math.sqrt(max(-aim, 0.0)) - root) / (slope * epsilon)
+                step = math.log1p(max(step, -0.9))
+            else:
+                step = (value - aim) / (slope * epsilon)  # a power law is straight in logs
+        limit = math.log(_MAX_FACTOR)
+        return epsilon * math.exp(min(max(step, -limit), limit))
 
     def _guess(self, delta: float) -> float:
         """Loss at the quantile of R, with s² at its mean."""
@@ -129,19 +141,24 @@ class VectorLoss:
         loss += (self.in_features + 1 - self.rank) / 2 * math.log(ratio) + k / 2 * (1 / ratio - 1)
         return min(max(loss, 1e-3), 1e300)
 
-    def _resolved(self, epsilon: float) -> tuple[float, float]:
-        """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over R > 0, checked."""
+    def _resolved(self, epsilon: float, ignore: float = -math.inf) -> tuple[float, float]:
+        """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over R > 0, checked.
+
+        ``ignore`` is the log of a density of θ that is as good as 0.
+        """
         if abs(self.cosine) == 1:
             return self._on_a_line(epsilon)
         edges = self._edges(epsilon)
-        return self._adapt(epsilon, edges, *self._first_panels(edges))
+        return self._adapt(epsilon, edges, *self._first_panels(epsilon, edges), ignore)
 
-    def _glance(self, epsilon: float) -> tuple[float, float]:
+    def _glance(self, epsilon: float, ignore: float = -math.inf) -> tuple[float, float]:
         """The same from the first panels, unchecked: a step of a search."""
         if abs(self.cosine) == 1:
             return self._on_a_line(epsilon)
         edges = self._edges(epsilon)
-        log_d, log_p = self._panel_sums(epsilon, edges, *self._first_panels(edges))
+        log_d, log_p = self._panel_sums(
+            epsilon, edges, *self._first_panels(epsilon, edges), 0, ignore
+        )
         return float(_logsumexp(log_d[None])[0]), float(_logsumexp(log_p[None])[0])
 
     def _named(self) -> str:
@@ -155,7 +172,9 @@ class VectorLoss:
         if self.cosine < 0 or self.ratio == 1:
             return -math.inf, -math.inf
         excess = np.array([self.ratio - 1.0])
-        log_d, log_p = self._inner(epsilon, np.array([self.ratio]), excess, np.zeros(1), 1)
+        log_d, log_p = self._inner(
+            epsilon, np.array([self.ratio]), excess, np.zeros(1), 1, -math.inf
+        )
         return float(log_d[0]), float(log_p[0])
 
     def _edges(self, epsilon: float) -> Array:
@@ -172,35 +191,76 @@ class VectorLoss:
         end = start + math.pi / 2
         return np.array(sorted({0.0, end, *(u for u in angles if 0 < u < end)}))
 
-    def _first_panels(self, edges: Array) -> tuple[Array, Array, Index]:
+    def _crossings(self, epsilon: float) -> list[float]:
+        """R at which the loss is ε for s = √(k-1) + j, about: between them E (1 - e^{ε-L})₊ grows.
+
+        Outside of them it is 0 or 1 to e^-34. Next to R = 0 or ∞ they may lie in a sliver that no
+        node of wider panels would see.
+        """
+        k, c = self.in_features + self.rank - 1, (self.in_features + 1 - self.rank) / 2
+        target = epsilon - (self.rank - 1) * math.log(self.ratio) + k / 2
+
+        def excess(log_ratio: float) -> float:
+            return c * log_ratio + k / 2 * math.exp(min(-log_ratio, 700.0)) - target
+
+        least = math.log(k / (2 * c)) if c > 0 else 700.0
+        if excess(least) >= 0:
+            return []
+        found: list[float] = []
+        for end in (-700.0, 700.0) if c > 0 else (-700.0,):
+            inside, outside = least, end
+            for _ in range(50 if excess(end) > 0 else 0):
+                middle = (inside + outside) / 2
+                inside, outside = (inside, middle) if excess(middle) > 0 else (middle, outside)
+            for j in _STEPS if end < 0 else -_STEPS:
+                square = max(math.sqrt(k - 1) + float(j), 0.1) ** 2
+                if end < 0:  # 1/R - 1 goes like 1/s²
+                    inverse = 1 + math.expm1(min(-inside, 700.0)) * k / square
+                    found += [1 / inverse] if inverse > 0 else []
+                else:  # c ln R - s²/2 is ε
+                    found.append(math.exp(min(inside + (square - k) / (2 * c), 700.0)))
+        return found
+
+    def _first_panels(self, epsilon: float, edges: Array) -> tuple[Array, Array, Index]:
         """Left and right ends, as fractions of a segment, and the segment each panel lies in."""
         sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
         start = math.atan2(self.cosine, sine)
         steps = np.arctan(_SCALES / math.sqrt(self.rank))
-        inner = start + np.concatenate([-steps[::-1], [0.0], steps])
+        near = [
+            math.atan2(ratio / self.ratio - self.cosine, sine)
+            for ratio in self._crossings(epsilon)
+        ]
+        inner = np.unique(start + np.concatenate([-steps, [0.0], steps, near]))
         low: list[float] = []
         high: list[float] = []
         segment: list[int] = []
         for i, (a, b) in enumerate(itertools.pairwise(edges.tolist())):
-            cuts = (inner[(inner > a) & (inner < b)] - a) / (b - a)
-            points = [0.0, *cuts.tolist(), 1.0]
+            cuts = np.unique((inner - a) / (b - a))
+            points = [0.0, *cuts[(cuts > _EDGE) & (cuts < 1 - _EDGE)].tolist(), 1.0]
             low += points[:-1]
             high += points[1:]
             segment += [i] * (len(points) - 1)
         return np.array(low), np.array(high), np.array(segment)
 
     def _adapt(
-        self, epsilon: float, edges: Array, low: Array, high: Array, segment: Index
+        self,
+        epsilon: float,
+        edges: Array,
+        low: Array,
+        high: Array,
+        segment: Index,
+        ignore: float,
     ) -> tuple[float, float]:
         """Halve panels until both halves agree with the whole."""
-        log_d, _ = self._panel_sums(epsilon, edges, low, high, segment)
+        log_d, _ = self._panel_sums(epsilon, edges, low, high, segment, 0, ignore)
+        ignore = max(ignore, float(_logsumexp(log_d[None])[0]) - _IGNORED)
         settled_d: list[Array] = []
         settled_p: list[Array] = []
         for turn in range(1, _ROUNDS):
             n, middle = len(low), (low + high) / 2
             low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
             segment = np.concatenate([segment, segment])
-            fine_d, fine_p = self._panel_sums(epsilon, edges, low, high, segment, turn)
+            fine_d, fine_p = self._panel_sums(epsilon, edges, low, high, segment, turn, ignore)
             halves = np.logaddexp(fine_d[:n], fine_d[n:])
             total = float(_logsumexp(np.concatenate([*settled_d, fine_d])[None])[0])
             if total == -math.inf:
@@ -224,7 +284,8 @@ class VectorLoss:
         low: Array,
         high: Array,
         segment: Index,
-        turn: int = 0,
+        turn: int,
+        ignore: float,
     ) -> tuple[Array, Array]:
         """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over each panel; ``turn`` picks the inner rule."""
         if not low.size:
@@ -232,17 +293,19 @@ class VectorLoss:
         left, width = edges[segment], edges[segment + 1] - edges[segment]
         half = 0.5 * (high - low) * width
         u = (left + low * width)[:, None] + half[:, None] * (1 + _OUTER)
-        log_d, log_p = self._integrand(epsilon, u.ravel(), turn)
+        log_d, log_p = self._integrand(epsilon, u.ravel(), turn, ignore)
         weight = np.log(half)[:, None] + np.log(_OUTER_WEIGHTS)
         return (
             _logsumexp(log_d.reshape(u.shape) + weight),
             _logsumexp(log_p.reshape(u.shape) + weight),
         )
 
-    def _integrand(self, epsilon: float, u: Array, turn: int) -> tuple[Array, Array]:
+    def _integrand(
+        self, epsilon: float, u: Array, turn: int, ignore: float
+    ) -> tuple[Array, Array]:
         sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
         theta = u - math.atan2(self.cosine, sine)
-        cos_theta = np.cos(theta)
+        cos_theta = np.maximum(np.cos(theta), 1e-18)  # θ may round beyond π/2
         # Near R = 0 and near R = 1 each form keeps its relative precision.
         ratio = self.ratio * np.sin(u) / cos_theta
         excess = (self.ratio * (self.cosine - 1) + (self.ratio - 1)) + (
@@ -252,14 +315,20 @@ class VectorLoss:
         if self.rank > 1:
             with np.errstate(divide="ignore"):  # sin θ may round to 1 where the density vanishes
                 log_weight += 0.5 * (self.rank - 1) * np.log1p(-np.square(np.sin(theta)))
-        return self._inner(epsilon, ratio, excess, log_weight, turn)
+        return self._inner(epsilon, ratio, excess, log_weight, turn, ignore)
 
     def _inner(
-        self, epsilon: float, ratio: Array, excess: Array, log_weight: Array, turn: int
+        self,
+        epsilon: float,
+        ratio: Array,
+        excess: Array,
+        log_weight: Array,
+        turn: int,
+        ignore: float,
     ) -> tuple[Array, Array]:
         """Logs of E[(1 - e^{ε-L})₊ | R] and P[L > ε | R], each plus ``log_weight``."""
         m, r = self.in_features, self.rank
-        near = ratio > 0.5
+        near = (ratio > 0.5) & (ratio < 2)
         tiny = np.finfo(np.float64).tiny
         safe = np.maximum(ratio, tiny)
         log_ratio = np.where(near, np.log1p(np.where(near, excess, 0.0)), np.log(safe))
@@ -273,17 +342,25 @@ class VectorLoss:
                 log_d[full] = np.log(-np.expm1(np.minimum(gap, 0.0)))
             log_p[full] = 0.0
         for below in (True, False):
-            part = (slope < 0) & (shift < 0) if below else (slope > 0) & (shift > 0)
-            if part.any():
+            found = (slope < 0) & (shift < 0) if below else (slope > 0) & (shift > 0)
+            part = np.flatnonzero(found)
+            square = 2 * shift[part] / slope[part]  # x
+            # Chernoff: the tail of χ²_k beyond x is at most exp(-(x - k - k ln(x/k))/2).
+            k = m + r - 1
+            beyond = square > k if below else square < k
+            with np.errstate(divide="ignore"):
+                decay = np.where(beyond, 0.5 * (square - k - k * np.log(square / k)), 0.0)
+            kept = log_weight[part] - decay > ignore
+            if kept.any():
+                part, square = part[kept], square[kept]
                 rate = 0.5 * np.abs(slope[part])
-                log_d[part], log_p[part] = self._tail(shift[part], rate, turn, below=below)
+                log_d[part], log_p[part] = self._tail(square, rate, turn, below=below)
         return log_d + log_weight, log_p + log_weight
 
-    def _tail(self, shift: Array, rate: Array, turn: int, *, below: bool) -> tuple[Array, Array]:
-        """Logs of E (1 - e^{-rate |s²-x|}) and of P, over s² > x (``below`` R = 1) or s² < x."""
+    def _tail(self, square: Array, rate: Array, turn: int, *, below: bool) -> tuple[Array, Array]:
+        """Logs of E (1 - e^{-rate |s²-x|}) and of P, over s² > x = ``square`` or s² < x."""
         k = self.in_features + self.rank - 1
         mode = math.sqrt(k - 1)
-        square = np.abs(shift) / rate  # x
         edge = np.sqrt(square)
         start = np.maximum(edge, mode) if below else np.minimum(edge, mode)
         # Beyond ``start`` the log density falls at least like fall·w + curvature·w²/2, where the
