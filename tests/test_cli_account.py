@@ -57,6 +57,19 @@ def test_the_table_says_the_same_and_what_it_rests_on() -> None:
         assert f"\n{start}" in done.output
 
 
+def test_what_is_printed_as_at_most_is_not_below_it() -> None:
+    """Six digits, rounded up; TPR and advantage are those of the curve in the JSON."""
+    options = [*RUN, "--delta", "1e-5", "--accountant", "rdp"]
+    table = call("account", *options).output
+    curve = json.loads(call("account", *options, "--json").output)["curve"]
+    printed = [
+        float(row.split(" | ")[1].split()[0].strip("|")) for row in table.splitlines()[7:10]
+    ]
+    exact = [row["bound"] for row in curve["true_positive_rate_at_most"][:2]]
+    for shown, value in zip(printed, [*exact, curve["advantage_at_most"]], strict=True):
+        assert value <= shown <= value * (1 + 1e-5)
+
+
 def test_a_batch_size_is_a_sampling_rate() -> None:
     """And δ at an ε is the other way round."""
     sizes = ["--batch-size", "64", "--dataset-size", "6400", "--accountant", "rdp", "--json"]
@@ -127,7 +140,7 @@ def test_what_is_left_out_is_searched(options: list[str], quantity: str, value: 
     assert "Mironov, Ilya (2017), IEEE CSF 2017, arXiv:1702.07476" in answer["bound"]["citations"]
 
     done = call("calibrate", *TARGET, *options)
-    assert done.output.startswith(f"{quantity.replace('_', ' ')} = {value} meets ε ≤ 2 at δ")
+    assert done.output.startswith(f"{quantity.replace('_', ' ')} = {value} meets ε ≤ 2.0 at δ")
 
 
 def test_a_fresh_projection_costs_less_and_says_what_it_assumes() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_privacy import _validate
-from lora_privacy.assess.tables import Table, number
+from lora_privacy.assess.tables import Table
 from lora_privacy.dp import (
     GaussianEvent,
     PldAccountant,
@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
     from lora_privacy.dp import Adjacency, Calibration, Event
 
-__all__ = ["ACCOUNTANTS", "Account", "Answer", "ReleaseConfig", "layers_of", "sample_rate_of"]
+__all__ = [
+    "ACCOUNTANTS",
+    "Account",
+    "Answer",
+    "ReleaseConfig",
+    "at_most",
+    "layers_of",
+    "sample_rate_of",
+]
 
 AccountantName = Literal["pld", "rdp"]
 ACCOUNTANTS: tuple[AccountantName, ...] = ("pld", "rdp")
@@ -74,11 +82,11 @@ class Account:
             rows = [
                 (
                     f"true-positive rate of an attack at false-positive rate {rate:g}, at most",
-                    number(float(self.curve.tpr_bound(rate))),
+                    at_most(float(self.curve.tpr_bound(rate))),
                 )
                 for rate in (0.001, 0.01)
             ]
-            rows.append(("advantage of an attack, at most", number(self.curve.advantage())))
+            rows.append(("advantage of an attack, at most", at_most(self.curve.advantage())))
         return _bound_text(self.bound, self.release, self.steps, rows, references)
 
 
@@ -104,7 +112,7 @@ class Answer:
         name = self.found.quantity.replace("_", " ")
         bound = self.found.bound
         return (
-            f"{name} = {self.found.value:,} meets ε ≤ {self.found.target:g} at δ = "
+            f"{name} = {self.found.value:,} meets ε ≤ {self.found.target!r} at δ = "
             f"{bound.delta!r}. The bound proved at this value:\n\n"
             + _bound_text(bound, self.release, self.steps, [], bound.references)
         )
@@ -243,6 +251,16 @@ def sample_rate_of(
     )
 
 
+def at_most(value: float) -> str:
+    """``value`` in up to six significant digits, never below it.
+
+    >>> at_most(1e-5), at_most(0.16144097)
+    ('1e-05', '0.161441')
+    """
+    short = f"{value:.6g}"
+    return short if float(short) >= value else round_up(value)
+
+
 def layers_of(texts: Sequence[str], *, with_rank: bool) -> tuple[tuple[int, int], ...]:
     """Layers from ``in_features:rank``, or from ``in_features`` alone where the rank is searched.
 
@@ -272,7 +290,7 @@ def _bound_text(
     references: Sequence[str],
 ) -> str:
     rows = (
-        ("ε, at most", "none" if bound.reason else f"{round_up(bound.epsilon)} nats"),
+        ("ε, at most", "none" if bound.reason else f"{at_most(bound.epsilon)} nats"),
         ("δ, at most", repr(bound.delta) if bound.delta < 1 else "1"),
         ("neighbours", f"{bound.adjacency} of {bound.unit}"),
         ("releases", f"{steps:,} × {release}"),

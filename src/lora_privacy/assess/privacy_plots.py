@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from lora_privacy.assess.accounting import at_most
 from lora_privacy.assess.plots import _SETTINGS, _STYLES
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def plot_profile(curve: PrivacyCurve, ax: Axes, marked: PrivacyBound | None = No
             [marked.delta],
             marker,
             color=colour,
-            label=f"ε = {marked.epsilon:.4g} at δ = {marked.delta:.3g}",
+            label=f"ε ≤ {at_most(marked.epsilon)} at δ = {at_most(marked.delta)}",
         )
     ax.set_yscale("log")
     ax.set_xlabel("ε, nats")
@@ -83,7 +84,7 @@ def plot_trade_off(curve: PrivacyCurve, ax: Axes) -> Axes:
     ax.fill_between(fpr, curve.trade_off(fpr), 1 - fpr, color=colour, alpha=0.12, linewidth=0)
     colour, _, line = _STYLES[2]
     ax.plot([0, 1], [1, 0], line, color=colour, label="blind guessing")
-    ax.plot([], [], " ", label=f"advantage ≤ {curve.advantage():.3g}")
+    ax.plot([], [], " ", label=f"advantage ≤ {at_most(curve.advantage())}")
     ax.set_aspect("equal")
     ax.set_xlabel("false-positive rate")
     ax.set_ylabel("false-negative rate")
