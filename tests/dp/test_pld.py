@@ -25,7 +25,7 @@ from lora_privacy.dp import (
     _solve,
 )
 from lora_privacy.dp._profiles import Direction, SampledPair
-from lora_privacy.errors import UnsupportedEventError
+from lora_privacy.errors import ConvergenceError, UnsupportedEventError
 
 Ledger = tuple[tuple[float, float, int], ...]
 
@@ -285,7 +285,7 @@ def test_extremes() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for z, p, count, delta in itertools.product(
-            (1e-2, 0.3, 30.0, 1e3), (1e-7, 1e-3, 0.9999, 1.0), (1, 10**6), (1e-2, 1e-15)
+            (1e-2, 0.3, 1e3), (1e-7, 1e-3, 0.9999), (1, 10**6), (1e-2, 1e-15)
         ):
             accountant = PldAccountant().compose(SampledGaussian(z, p), count)
             low, high = accountant.epsilon_interval(delta)
@@ -295,7 +295,8 @@ def test_extremes() -> None:
             renyi = RdpAccountant().compose(SampledGaussian(z, p), count).epsilon(delta).epsilon
             assert low <= renyi
             assert bound.epsilon <= 1.01 * renyi
-            assert 0 < accountant.delta(1.0).delta <= 1
+            if delta == 1e-2:
+                assert 0 < accountant.delta(1.0).delta <= 1
 
 
 @pytest.mark.parametrize("z", [1e-200, 1e-120, 1e120, 1e300])
@@ -371,6 +372,13 @@ def test_subclasses_of_events_are_refused() -> None:
 
     with pytest.raises(UnsupportedEventError, match="no proof for Reused"):
         PldAccountant().compose(Reused(1.0))
+
+
+@pytest.mark.parametrize("floor", [math.nan, -1.0])
+def test_a_profile_that_breaks_its_contract_is_refused(floor: float) -> None:
+    """NaN or a negative δ must not become an ε."""
+    with pytest.raises(ConvergenceError, match="must return δ in"):
+        PldAccountant().compose(Profiled(1.0, 0.1, floor=floor), 3).epsilon(1e-5)
 
 
 @pytest.mark.parametrize("fpr", [-0.1, 1.1, math.nan])

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy import fft  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy.dp._grid import Measure, profile_at_nodes
 
@@ -34,7 +33,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
-Spectrum = TypeVar("Spectrum", npt.NDArray[np.float64], npt.NDArray[np.complex128])
+Spectrum = TypeVar("Spectrum", bound=npt.NDArray[Any])
 Part = tuple[Measure, int]
 """A release and how often it happens."""
 
@@ -46,6 +45,7 @@ _SPREADS = np.array([1.0, 2.0, 4.0, 6.0, 8.0, 12.0])  # tilts tried for the tail
 _TAIL = 1e-9  # mass left outside the window, in the tilted law
 _LADDER: Array = np.exp2(np.arange(-30, 61) / 2.0)  # tilts tried for the best one
 _BLOCK = 1 << 21  # elements of one work array
+_TINY = 1e-300  # covers underflow
 _CAP = 650.0  # exponents beyond it are not needed: δ is 1 there
 
 
@@ -102,7 +102,8 @@ class Curve:
 
     def points(self) -> tuple[Array, Array]:
         """ε >= 0 of the grid points, and their δ."""
-        epsilons = self.step * np.arange(self.first, self.first + len(self.deltas)) + self.shift
+        indices = np.arange(self.first, self.first + len(self.deltas), dtype=np.float64)
+        epsilons = self.step * indices + self.shift
         return epsilons[epsilons >= 0], self.deltas[epsilons >= 0]
 
     def _at(self, k: int) -> float:
@@ -229,8 +230,9 @@ def compose(parts: Sequence[Part], tilt: float, *, upper: bool) -> Curve | None:
         masses = part.masses * np.exp(exponent - peak)
         mass = float(masses.sum())
         log_scale += count * (math.log(mass) + peak)
-        drift += count * _EPS * (8 + float(np.abs(exponent).max()) + abs(math.log(mass)))
-        transformed = fft.rfft(_folded(masses / mass, part.first, size))
+        folds = len(masses) / size
+        drift += count * _EPS * (8 + folds + float(np.abs(exponent).max()) + abs(math.log(mass)))
+        transformed = np.fft.rfft(_folded(masses / mass, part.first, size))
         spectrum *= _power(transformed, count)
         largest *= _power(np.abs(transformed) + error, count)
 
@@ -239,7 +241,7 @@ def compose(parts: Sequence[Part], tilt: float, *, upper: bool) -> Curve | None:
     lost = np.maximum(largest * (1 + rounding) - size_of, 0.0) + rounding * largest
     lost += error * largest
     noise = (2 * float(lost.sum())) / size * (1 + 1e-6)
-    masses = np.roll(fft.irfft(spectrum, size), -first % size)
+    masses = np.roll(np.fft.irfft(spectrum, size), -first % size)
     reach = tilt * step * max(abs(first), abs(last))
     relative = drift + _EPS * (8 * size + 4 * (abs(log_scale) + reach) + 2 * _CAP)
 
@@ -250,9 +252,10 @@ def compose(parts: Sequence[Part], tilt: float, *, upper: bool) -> Curve | None:
     masses = masses * np.exp(np.minimum(log_weight, _CAP))
     deltas = profile_at_nodes(masses, 0.0, step)
     if upper:
+        apart = infinite_mass(parts)
         beyond = math.exp(min(0.0, log_scale - tilt * step * last + log_right))
         deltas = np.where(
-            kept, deltas * math.exp(min(relative, 700.0)) + beyond + infinite_mass(parts), 1.0
+            kept, deltas * math.exp(min(relative, 700.0)) + (beyond + apart + _TINY), 1.0
         )
     else:
         # e^{-tilt·y} (1 - e^{-y}) is largest at e^-y = tilt / (1 + tilt).
@@ -272,12 +275,13 @@ def _folded(masses: Array, first: int, size: int) -> Array:
 
 def _power(base: Spectrum, count: int) -> Spectrum:
     """``base ** count`` by squaring: a relative error of 3 eps a factor."""
-    result = base if count & 1 else None
+    result: Any = base if count & 1 else None
+    square: Any = base
     while count := count >> 1:
-        base = base * base
+        square = square * square
         if count & 1:
-            result = base if result is None else result * base
-    return base if result is None else result
+            result = square if result is None else result * square
+    return cast("Spectrum", result)
 
 
 def _log_peak(tilts: Array) -> Array:
@@ -310,8 +314,9 @@ def _window(parts: Sequence[Part], tilt: float) -> tuple[int, int, float, float]
     moments = log_moments(parts, tilts)
     if not math.isfinite(moments[0]):
         return None
-    # Rounding of the moments is below this, however many steps there are.
-    rounding = 1e-6 + 1e-12 * abs(moments[0])
+    longest = max(len(part.masses) for part, _ in parts)
+    steps = sum(count for _, count in parts)
+    rounding = 1e-6 + _EPS * steps * (2 * longest + 2_000)  # of two moments
     right = moments[1 : len(theta) + 1] - moments[0] + rounding
     left = moments[len(theta) + 1 :] - moments[0] + rounding
     goal = -math.log(_TAIL)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ def reach(profiles: tuple[Profile, Profile], tail: float, start: float) -> float
     last = int(np.argmax(values <= goal))
     if last == 0:
         return float(scan[0])
-    fine = np.linspace(scan[last - 1], scan[last], 33)
+    fine: Array = np.linspace(float(scan[last - 1]), float(scan[last]), 33, dtype=np.float64)
     values = np.maximum(profiles[0](fine), profiles[1](fine))
     return float(fine[int(np.argmax(values <= goal))]) if values[-1] <= goal else float(scan[last])
 
@@ -71,7 +72,7 @@ def above(profiles: tuple[Profile, Profile], step: float, half: int) -> tuple[Me
     The dots at the grid points -half … half are connected by lines in e^ε, after the greatest
     convex minorant.
     """
-    grid = step * np.arange(half + 1)
+    grid = step * np.arange(half + 1, dtype=np.float64)
     remove, add = (np.minimum.accumulate(profile(grid)) for profile in profiles)
     # Both directions of a pair agree at ε = 0, so the smaller bound holds for both.
     remove[0] = add[0] = min(remove[0], add[0])
@@ -125,7 +126,7 @@ def _removal(rate: float, start: float, step: float, half: int) -> Cells:
     P(E) - e^ε Q(E) = p [P₁(E) - d(ε)/p · P₀(E)], d(ε) = e^ε - (1-p), for P_i = N(iμ, 1). With
     D = d e^{-t} at t = k·step everything is a sum of positive terms.
     """
-    t = 0.5 * step * np.arange(2 * half + 1)
+    t = 0.5 * step * np.arange(2 * half + 1, dtype=np.float64)
     scaled = start - (1 - rate) * np.expm1(-t)
     node, middle = scaled[::2], scaled[1::2]
     with np.errstate(divide="ignore"):
@@ -231,8 +232,14 @@ def _jointly_convex(ours: Array, theirs: Array, step: float) -> Array:
     slopes = np.append(slopes, np.diff(ours) * np.exp(-step * np.arange(half)) / whole)
     nodes = np.exp(step * np.arange(-half, half + 1))
     weights = np.append(nodes[0], np.diff(nodes))
-    convex: Array = optimize.isotonic_regression(slopes, weights=weights).x
-    return np.maximum(nodes * np.diff(np.append(np.minimum(convex, 0.0), 0.0)), 0.0)
+    convex = np.append(np.minimum(_rising(slopes, weights), 0.0), 0.0)
+    return np.maximum(nodes * np.diff(convex), 0.0)
+
+
+def _rising(slopes: Array, weights: Array) -> Array:
+    """Isotonic regression: of slopes, those of the greatest convex minorant."""
+    fitted: Any = optimize.isotonic_regression(slopes, weights=weights)
+    return np.asarray(fitted.x, dtype=np.float64)
 
 
 def _masses(dots: Array, step: float) -> Array:
@@ -244,8 +251,7 @@ def _masses(dots: Array, step: float) -> Array:
     masses = (math.exp(-step) * falls[1:] - falls[:-1]) / -math.expm1(-step)
     if masses.min(initial=0.0) < 0 and step * len(dots) <= _MAX_HULL:
         weights = np.exp(step * np.arange(len(falls)))
-        # Isotonic regression of the slopes is the greatest convex minorant. The last slope is 0.
-        slopes = optimize.isotonic_regression(falls[:-1] / weights[:-1], weights=weights[:-1]).x
+        slopes = _rising(falls[:-1] / weights[:-1], weights[:-1])
         slopes = np.append(np.minimum(slopes, 0.0), 0.0)
         masses = weights[1:] * np.diff(slopes) / math.expm1(step)
     return np.maximum(masses, 0.0)
@@ -269,7 +275,8 @@ def _certified(measure: Measure, wanted: Array, sign: int) -> Measure:
         # Most of what is lacking is rounding: a factor. Where the profile is that of the infinite
         # loss only, its mass is raised instead.
         main = found > 100 * max(infinite, 1e-290)
-        raised = max(0.0, float(np.max(lacking[main] / found[main], initial=0.0))) + 8 * _EPS
+        raised = max(0.0, float(np.max(lacking[main] / found[main], initial=0.0)))
+        raised = raised / (1 - error) + 8 * _EPS
         more = max(0.0, float(np.max(lacking[~main] - raised * found[~main], initial=0.0)))
         infinite = (infinite + 2 * more) * (1 + raised)
         return _trimmed(replace(measure, masses=masses * (1 + raised), infinite=infinite))
@@ -294,6 +301,8 @@ def profile_at_nodes(masses: Array, infinite: float, step: float) -> Array:
     Sums of positive terms: the relative error is at most 4 eps times their number.
     """
     decay = math.exp(-step)
-    tail: Array = signal.lfilter([1.0], [1.0, -decay], masses[:0:-1])
-    falls = -math.expm1(-step) * tail
+    tail: Any = signal.lfilter(  # pyright: ignore[reportUnknownMemberType]
+        [1.0], [1.0, -decay], masses[:0:-1]
+    )
+    falls = -math.expm1(-step) * np.asarray(tail, dtype=np.float64)
     return infinite + np.append(np.cumsum(falls)[::-1], 0.0)

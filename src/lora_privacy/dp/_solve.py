@@ -12,9 +12,17 @@ import numpy.typing as npt
 from lora_privacy.dp import _fourier, _grid
 from lora_privacy.dp._fourier import Part
 from lora_privacy.dp._gaussian import crossing
-from lora_privacy.dp._profiles import DIRECTIONS, Profile, SampledPair
+from lora_privacy.dp._profiles import DIRECTIONS, Profile, ProfiledEvent, SampledPair
+from lora_privacy.errors import ConvergenceError
 
-__all__ = ["Source", "delta_interval", "epsilon_interval", "sampled_source", "upper_points"]
+__all__ = [
+    "Source",
+    "delta_interval",
+    "epsilon_interval",
+    "profiled_source",
+    "sampled_source",
+    "upper_points",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -37,6 +45,25 @@ class Source:
 
     profiles: tuple[Profile, Profile]
     pair: SampledPair | None
+
+
+def profiled_source(event: ProfiledEvent) -> Source:
+    """Of an event that brings its profiles; what they return is checked at each use."""
+
+    def checked(profile: Profile) -> Profile:
+        def call(epsilons: Array, /) -> Array:
+            found = np.asarray(profile(epsilons), dtype=np.float64)
+            if found.shape != epsilons.shape or not np.all((found >= 0) & (found <= 1)):
+                raise ConvergenceError(
+                    f"A profile of {type(event).__name__} must return δ in [0, 1] for each ε; it "
+                    "returned another shape, NaN or a number outside. Please report the event."
+                )
+            return found
+
+        return call
+
+    remove, add = (checked(event.profile(direction)) for direction in DIRECTIONS)
+    return Source((remove, add), None)
 
 
 def sampled_source(lower: SampledPair, upper: SampledPair) -> Source:
@@ -87,7 +114,8 @@ def epsilon_interval(sources: Sources, delta: float) -> tuple[float, float]:
             if plan.coarsen():
                 continue
             break
-        top, (other, other_tilt) = curve.epsilon(delta), bests[1 - main]
+        top = max(0.0, min(proved, curve.epsilon(delta)))
+        other, other_tilt = bests[1 - main]
         if not other < top:
             curve = _fourier.compose(grid.above[1 - main], other_tilt, upper=True)
             top = max(top, other if curve is None else min(other, curve.epsilon(delta)), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -190,8 +190,7 @@ class PldAccountant:
                 lower, upper = (SampledPair(end, event.sample_rate) for end in (low, high))
                 sources.append((_solve.sampled_source(lower, upper), count))
             elif isinstance(event, ProfiledEvent):
-                profiles = (event.profile("remove"), event.profile("add"))
-                sources.append((_solve.Source(profiles, None), count))
+                sources.append((_solve.profiled_source(event), count))
         mu = math.sqrt(square)
         if mu > _MOST_MU or any(
             event.noise_multiplier < 1 / _MOST_MU
@@ -249,9 +248,9 @@ def _read(ours: tuple[Array, Array], theirs: tuple[Array, Array], fpr: Array) ->
     """
     best = np.zeros(fpr.shape)
     with np.errstate(over="ignore"):
-        rise, fall = np.exp(np.minimum(ours[0], 700.0)), np.exp(-theirs[0])
+        rise, fall = np.exp(ours[0]), np.exp(-theirs[0])
     for i, rate in enumerate(fpr):
-        first = float(np.max(1 - ours[1] - rise * rate))
+        first = float(np.max(1 - ours[1] - (rise * rate if rate > 0 else 0.0)))
         second = float(np.max(fall * (1 - theirs[1] - rate)))
         best[i] = max(0.0, first - 1e-15, second * (1 - 1e-15) - 1e-15)
     return np.minimum(best, 1 - fpr)
@@ -262,7 +261,7 @@ def _limits(mu: float) -> tuple[float, float]:
     return mu * (1 - 1e-14), mu * (1 + 1e-14)
 
 
-def _is_plain(event: LossEvent) -> bool:
+def _is_plain(event: LossEvent) -> TypeGuard[GaussianEvent | SampledGaussian]:
     return isinstance(event, GaussianEvent) or (
         isinstance(event, SampledGaussian) and event.sample_rate == 1
     )
@@ -288,7 +287,8 @@ def _refuse_unproved(event: LossEvent, adjacency: Adjacency) -> None:
                 "sampled pair is for adding or removing one record. Use adjacency='add-remove'."
             )
         return
-    if isinstance(event, GaussianEvent | SampledGaussian) or not isinstance(event, ProfiledEvent):
+    known = isinstance(event, ProfiledEvent)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(event, GaussianEvent | SampledGaussian) or not known:
         raise UnsupportedEventError(
             f"PldAccountant has no proof for {type(event).__name__}; it knows GaussianEvent, "
             "SampledGaussian and events that give their profiles."
