@@ -175,6 +175,22 @@ def test_layers_are_maximised_at_each_order() -> None:
     assert epsilon == pytest.approx(alone, rel=1e-12, abs=0)
 
 
+def test_chords_are_of_the_maximum_over_layers() -> None:
+    """Between whole orders at which different layers are worst, (α-1) ε_α is their common chord.
+
+    The larger of the layers' own chords is smaller, and does not bound a record over both.
+    """
+    layers, z, p = [(768, 8), (3072, 40)], 0.5, 0.3
+    alone = np.array([ProjectedGaussian([one], z, p).rdp(np.arange(2.0, 20.0)) for one in layers])
+    switch = 2 + int(np.argmax(alone[0] > alone[1])) - 1
+    low, high = alone[:, switch - 2] * (switch - 1), alone[:, switch - 1] * switch
+    assert low[0] < low[1]
+    assert high[0] > high[1]
+    found = ProjectedGaussian(layers, z, p).rdp(switch + 0.5) * (switch - 0.5)
+    assert found == pytest.approx((low.max() + high.max()) / 2, rel=1e-12, abs=0)
+    assert found > ((low + high) / 2).max() * (1 + 1e-6)
+
+
 @given(
     features=st.integers(2, 300),
     share=st.floats(0.01, 0.99),

@@ -30,7 +30,7 @@ _WIDEST = 0.5  # of a panel, in logits: the ellipse must stay clear of β = 0 an
 _PER_PANEL = 3.2  # widest panel in standard deviations of the peak
 _DROP = 36.0  # the panels end where the integrand is e^-36 of its peak
 _BLOCK = 1 << 18  # elements of one work array
-_LARGEST, _SMALLEST = 1e280, 1e-290
+_LARGEST, _SMALLEST = 1e200, 1e-290
 _SERIES = 300.0  # arguments up to it are summed: e^300 is far from overflow
 _CHUNK = 512
 
@@ -38,7 +38,7 @@ _CHUNK = 512
 def log_excess(features: int, rank: int, x: npt.ArrayLike) -> Array:
     """Upper ends of log(₁F₁(rank/2; features/2; x) - 1), of the shape of ``x``.
 
-    Above the true value by less than 2e-9 + 1e-15 x; where ``x`` is beyond 1e280, and where rank
+    Above the true value by less than 2e-9 + 1e-15 x; where ``x`` is beyond 1e200, and where rank
     equals features, it is that of β = 1, log(e^x - 1).
 
     Args:
@@ -80,7 +80,7 @@ def _series(features: int, rank: int, x: Array) -> Array:
 
 
 def _integrate(features: int, rank: int, x: Array) -> Array:
-    """The same for rank < features and ``x`` (rows,) in (0, 1e280), by quadrature."""
+    """The same for rank < features and ``x`` (rows,) in (300, 1e200), by quadrature."""
     a, c = rank / 2, (features - rank) / 2
     total = a + c
     # e^{φ(β)} with φ = a ln β + c ln(1-β) + xβ is the integrand in logits but for 1 - e^{-xβ}. Its

@@ -17,6 +17,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy.dp import _moments
 from lora_privacy.dp._hyp1f1 import log_excess
+from lora_privacy.errors import ConvergenceError
 
 Array = npt.NDArray[np.float64]
 Layers = Sequence[tuple[int, int]]
@@ -37,46 +38,56 @@ def log_moment(
         sample_rate: p, in (0, 1].
         orders: > 1.
     """
-    flat = orders.ravel()
-    # Linear in the share of a record's squared norm that a layer holds, so one layer is worst,
-    # and which one depends on the order.
-    worst = np.full(flat.shape, -np.inf)
-    for features, rank in set(layers):
-        if sample_rate == 1:
-            excess = log_excess(features, rank, _argument(noise_multiplier, flat))
-            layer = np.logaddexp(0.0, excess)
-        else:
-            layer = _sampled(features, rank, noise_multiplier, sample_rate, flat)
-        worst = np.maximum(worst, layer)
-    if sample_rate < 1 and 1e-150 < noise_multiplier < 1e150:
-        # A projection never costs; at fractional orders this can be below the chord.
-        plain = _moments.log_moment(np.array([noise_multiplier]), sample_rate, flat[None, :])
-        worst = np.minimum(worst, plain[0])
-    return (worst * (1 + 4 * _EPS)).reshape(orders.shape)
+    flat, shapes = orders.ravel(), sorted(set(layers))
+    # The moment is linear in the share of a record's squared norm that a layer holds, so one layer
+    # is worst, and which one depends on the order.
+    argument = _argument(noise_multiplier, flat)
+    excess = np.max([log_excess(*shape, argument) for shape in shapes], axis=0)
+    if sample_rate == 1:
+        result = np.logaddexp(0.0, excess)
+    else:
+        result = _sampled(shapes, noise_multiplier, sample_rate, flat, excess)
+    if np.isnan(result).any():
+        raise ConvergenceError("A projected divergence came out as NaN; please report it.")
+    return (result * (1 + 4 * _EPS)).reshape(orders.shape)
 
 
-def _sampled(features: int, rank: int, z: float, p: float, orders: Array) -> Array:
-    """Log A of one layer under Poisson sampling."""
+def _sampled(
+    shapes: list[tuple[int, int]], z: float, p: float, orders: Array, excess: Array
+) -> Array:
+    """Log A under Poisson sampling; ``excess`` is log(A - 1) without."""
     # A is convex in the mixture (1-p) P + p Q, so it is at most 1 - p + p A without sampling.
-    plain = log_excess(features, rank, _argument(z, orders)) + math.log(p)
+    plain = excess + math.log(p)
     result = np.logaddexp(0.0, plain + 4 * _EPS * (1 + np.abs(plain)))
     summed = orders <= MAX_SUMMED_ORDER
     if summed.any():
-        wanted = orders[summed]
-        low = np.floor(wanted)
-        whole = np.unique(np.concatenate([low, np.ceil(wanted)])).astype(np.int64)
-        values = np.zeros(whole[-1] + 1)  # log A(1) = 0
-        whole = whole[whole > 1]
-        values[whole] = _binomial_sum(_table(features, rank, z, int(whole[-1])), p, whole)
-        # log A is convex in the order: the chord between whole orders is above it.
-        share = wanted - low
-        below = low.astype(np.int64)
-        above = np.minimum(below + 1, len(values) - 1)
-        with np.errstate(invalid="ignore"):  # inf times a share of 0
-            chord = np.where(share > 0, (1 - share) * values[below] + share * values[above], 0.0)
-        chord = np.where(share > 0, chord, values[below])
-        result[summed] = np.minimum(result[summed], chord)
+        result[summed] = np.minimum(result[summed], _chords(shapes, z, p, orders[summed]))
+    if 1e-150 < z < 1e150:
+        # A projection never costs; at fractional orders this can be below the chord.
+        known = _moments.log_moment(np.array([z]), p, orders[None, :])
+        result = np.minimum(result, known[0])
     return result
+
+
+def _chords(shapes: list[tuple[int, int]], z: float, p: float, orders: Array) -> Array:
+    """Log A at whole orders, and its chords between them: log A of one record is convex.
+
+    A record over two layers is bounded by the larger layer at either end of a chord, and that need
+    not be the same one; so the maximum is taken before the chord, never of the layers' chords.
+    """
+    low = np.floor(orders)
+    whole = np.unique(np.concatenate([low, np.ceil(orders)])).astype(np.int64)
+    values = np.zeros(whole[-1] + 1)  # log A(1) = 0
+    whole = whole[whole > 1]
+    values[whole] = np.max(
+        [_binomial_sum(_table(*shape, z, int(whole[-1])), p, whole) for shape in shapes], axis=0
+    )
+    share = orders - low
+    below = low.astype(np.int64)
+    above = np.minimum(below + 1, len(values) - 1)
+    with np.errstate(invalid="ignore"):  # inf times a share of 0
+        chord = (1 - share) * values[below] + share * values[above]
+    return np.where(share > 0, chord, values[below])
 
 
 def _binomial_sum(table: Array, p: float, orders: npt.NDArray[np.int64]) -> Array:
