@@ -25,6 +25,8 @@ from lora_privacy.errors import ConvergenceError
 
 Array = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
+Panels = tuple[float, Array, Array, Index]
+"""Their ε; left and right ends, as fractions of a segment, and the segment each one lies in."""
 
 RTOL = 1e-10
 """Relative error of δ; every value is checked against halved panels and another inner rule."""
@@ -38,9 +40,9 @@ _NEWTON = 100
 _MAX_FACTOR = 8.0  # of one Newton step in ε
 _CLOSE = 1e-5  # of log δ: one more Newton step squares it
 _STEEP = 3.0  # -d log δ / d log ε beyond which δ falls like a normal tail, not like a power
-# Two rules for the inner integral, used in turn, so that each check is one of both integrals.
+# Two rules for each integral, used in turn, so that each check is one of both integrals.
 _INNER = tuple(np.polynomial.legendre.leggauss(n) for n in (34, 42))
-_OUTER, _OUTER_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(16))
+_OUTER = tuple(np.polynomial.legendre.leggauss(n) for n in (16, 22))
 _FINE, _FINE_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(96))
 # Panels before any refinement: powers of two of the scale 1/√r of θ.
 _SCALES = np.exp2(np.arange(-1.0, 6.0))
@@ -93,17 +95,20 @@ class VectorLoss:
         least = math.log(delta) + math.log(gap) if gap > 0 else -math.inf
         aim = (goal + least) / 2 if gap > 0 else goal - math.log(2)
         low, high = 0.0, math.inf
-        epsilon, look, zero = self._guess(delta), self._glance, False
+        epsilon, checked, zero, panels = self._guess(delta), False, False, None
         for turn in range(_NEWTON):
-            value, above = look(epsilon, goal - _IGNORED)
-            if look == self._resolved and least <= value <= goal:
-                return epsilon
+            if checked:
+                value, above = self._resolved(epsilon, goal - _IGNORED)
+                if least <= value <= goal:
+                    return epsilon
+            else:
+                value, above, panels = self._glance(epsilon, goal - _IGNORED, panels)
             if value <= goal and not zero and (turn == 0 or epsilon < 1e-6):
                 zero = True  # δ(0) may be low enough
                 if self._glance(0.0)[0] <= goal + 1e-6 and self._resolved(0.0)[0] <= goal:
                     return 0.0
-            if look == self._glance and abs(value - aim) < _CLOSE:
-                look, low, high = self._resolved, 0.0, math.inf  # from here all is checked
+            if not checked and abs(value - aim) < _CLOSE:
+                checked, low, high = True, 0.0, math.inf
             else:
                 low, high = (epsilon, high) if value > goal else (low, epsilon)
             guess = self._newton(epsilon, value, above, aim)
@@ -151,15 +156,21 @@ class VectorLoss:
         edges = self._edges(epsilon)
         return self._adapt(epsilon, edges, *self._first_panels(epsilon, edges), ignore)
 
-    def _glance(self, epsilon: float, ignore: float = -math.inf) -> tuple[float, float]:
-        """The same from the first panels, unchecked: a step of a search."""
+    def _glance(
+        self, epsilon: float, ignore: float = -math.inf, panels: Panels | None = None
+    ) -> tuple[float, float, Panels | None]:
+        """The same unchecked, from the first panels of this ε or of one nearby."""
         if abs(self.cosine) == 1:
-            return self._on_a_line(epsilon)
+            return (*self._on_a_line(epsilon), None)
         edges = self._edges(epsilon)
-        log_d, log_p = self._panel_sums(
-            epsilon, edges, *self._first_panels(epsilon, edges), 0, ignore
-        )
-        return float(_logsumexp(log_d[None])[0]), float(_logsumexp(log_p[None])[0])
+        if (
+            panels is None
+            or not 0.8 < epsilon / panels[0] < 1.25
+            or panels[3].max() != len(edges) - 2
+        ):
+            panels = (epsilon, *self._first_panels(epsilon, edges))
+        log_d, log_p = self._panel_sums(epsilon, edges, *panels[1:], 0, ignore)
+        return float(_logsumexp(log_d[None])[0]), float(_logsumexp(log_p[None])[0]), panels
 
     def _named(self) -> str:
         return (
@@ -209,7 +220,7 @@ class VectorLoss:
         found: list[float] = []
         for end in (-700.0, 700.0) if c > 0 else (-700.0,):
             inside, outside = least, end
-            for _ in range(50 if excess(end) > 0 else 0):
+            for _ in range(26 if excess(end) > 0 else 0):
                 middle = (inside + outside) / 2
                 inside, outside = (inside, middle) if excess(middle) > 0 else (middle, outside)
             for j in _STEPS if end < 0 else -_STEPS:
@@ -251,22 +262,26 @@ class VectorLoss:
         segment: Index,
         ignore: float,
     ) -> tuple[float, float]:
-        """Halve panels until both halves agree with the whole."""
+        """Halve panels until they agree with what they were before."""
         log_d, _ = self._panel_sums(epsilon, edges, low, high, segment, 0, ignore)
         ignore = max(ignore, float(_logsumexp(log_d[None])[0]) - _IGNORED)
         settled_d: list[Array] = []
         settled_p: list[Array] = []
         for turn in range(1, _ROUNDS):
-            n, middle = len(low), (low + high) / 2
-            low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
-            segment = np.concatenate([segment, segment])
+            n = len(low)
+            if turn > 1:  # the first check is one of the rules alone
+                middle = (low + high) / 2
+                low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
+                segment = np.concatenate([segment, segment])
             fine_d, fine_p = self._panel_sums(epsilon, edges, low, high, segment, turn, ignore)
-            halves = np.logaddexp(fine_d[:n], fine_d[n:])
+            whole = fine_d if turn == 1 else np.logaddexp(fine_d[:n], fine_d[n:])
             total = float(_logsumexp(np.concatenate([*settled_d, fine_d])[None])[0])
             if total == -math.inf:
                 return total, total
-            error = np.abs(np.exp(halves - total) - np.exp(log_d - total))
-            good = np.tile(error <= _AGREEMENT / 8, 2)  # few panels are near the limit at once
+            error = np.abs(np.exp(whole - total) - np.exp(log_d - total))
+            good = np.tile(
+                error <= _AGREEMENT / 8, len(low) // n
+            )  # few panels are near the limit at once
             settled_d.append(fine_d[good])
             settled_p.append(fine_p[good])
             if good.all():
@@ -292,9 +307,10 @@ class VectorLoss:
             return np.zeros(0), np.zeros(0)
         left, width = edges[segment], edges[segment + 1] - edges[segment]
         half = 0.5 * (high - low) * width
-        u = (left + low * width)[:, None] + half[:, None] * (1 + _OUTER)
+        nodes, weights = _OUTER[turn % 2]
+        u = (left + low * width)[:, None] + half[:, None] * (1 + nodes)
         log_d, log_p = self._integrand(epsilon, u.ravel(), turn, ignore)
-        weight = np.log(half)[:, None] + np.log(_OUTER_WEIGHTS)
+        weight = np.log(half)[:, None] + np.log(weights)
         return (
             _logsumexp(log_d.reshape(u.shape) + weight),
             _logsumexp(log_p.reshape(u.shape) + weight),
