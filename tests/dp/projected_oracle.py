@@ -84,6 +84,30 @@ def rank_one_delta(
         return scale * mp.quad(given, pieces) / mp.beta(a, c)
 
 
+def rank_one_composed_delta(
+    features: int, rank: int, z: float, steps: int, epsilon: float
+) -> float:
+    """δ of ``steps`` fresh releases for records of rank one, without sampling.
+
+    δ = (1/2πi) ∫ M(θ)^steps e^{-θε} / (θ(θ+1)) dθ up a vertical line right of 0, with
+    M(θ) = E e^{βθ(θ+1)/(2z²)}, the moment generating function of the loss. The line goes through
+    the saddle point, about; other lines and half the step agree to 1e-9.
+    """
+    beta, weight = shares(features, rank, 150)
+
+    def log_transform(theta: np.ndarray) -> np.ndarray:
+        powers = np.exp(beta[:, None] * (theta * (theta + 1))[None, :] / (2 * z * z))
+        return steps * np.log(weight @ powers) - theta * epsilon - np.log(theta * (theta + 1))
+
+    real = np.geomspace(0.05, 20, 200)
+    centre = real[np.argmin(log_transform(real))]
+    line = np.linspace(-40, 40, 16_001)
+    total = sum(
+        np.exp(log_transform(centre + 1j * part)).sum().real for part in np.array_split(line, 16)
+    )
+    return float(total) * (line[1] - line[0]) / (2 * math.pi)
+
+
 def drawn_shares(
     rng: np.random.Generator, features: int, rank: int, directions: int, count: int
 ) -> np.ndarray:

@@ -1,6 +1,5 @@
 """One fresh projection at every ε: oracles are mpmath, densities and drawn projections."""
 
-import dataclasses
 import json
 import math
 
@@ -14,6 +13,7 @@ from projected_oracle import (
     drawn_shares,
     gaussian_delta,
     hockey_stick,
+    rank_one_composed_delta,
     rank_one_delta,
     shares,
 )
@@ -259,40 +259,29 @@ def test_layers_never_cost_less_than_one_of_them() -> None:
 # --- composition
 
 
-@dataclasses.dataclass(frozen=True)
-class RankOneOnly:
-    """The exact profile of a record of rank one, which is no guarantee for others."""
-
-    features: int
-    rank: int
-    noise_multiplier: float
-    assumptions: tuple[str, ...] = ("the record's gradient has rank one",)
-    references: tuple[str, ...] = ("p2-projections-2026",)
-
-    def profile(self, direction: str):  # noqa: ANN201
-        beta, weight = shares(self.features, self.rank, 120)
-
-        def upper(epsilons: np.ndarray) -> np.ndarray:
-            mu = np.sqrt(beta)[:, None] / self.noise_multiplier
-            values = weight @ gaussian_delta(np.minimum(epsilons, 50)[None, :], mu)
-            return np.maximum(values, 0) + 1e-16
-
-        return upper
-
-
 def test_a_hundred_fresh_steps_through_loss_distributions() -> None:
     """Reference: rank one alone composes to 4.511, Rényi divergences to 4.882.
 
-    The guarantee for every record lies between them.
+    Rank one by a contour integral, exactly. The guarantee for every record lies between them.
     """
     event = ProjectedGaussian([(768, 8)], 1.0)
     bound = PldAccountant().compose(event, 100).epsilon(1e-5)
-    rank_one = PldAccountant().compose(RankOneOnly(768, 8, 1.0), 100).epsilon(1e-5).epsilon
     rdp = RdpAccountant().compose(event, 100).epsilon(1e-5).epsilon
-    assert rank_one == pytest.approx(4.511, rel=2e-3)
+    assert rank_one_composed_delta(768, 8, 1.0, 100, 4.5106) < 1e-5
+    assert rank_one_composed_delta(768, 8, 1.0, 100, 4.5105) > 1e-5
     assert rdp == pytest.approx(4.882, abs=5e-4)
-    assert rank_one < bound.epsilon < rdp
+    assert 4.5106 < bound.epsilon < 0.96 * rdp
     assert "row space of A is Haar" in str(bound)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 3.0, 6.0])
+def test_composed_rank_one_is_covered(epsilon: float) -> None:
+    """Oracle: the contour integral for rank one; no accountant may be below it."""
+    exact = rank_one_composed_delta(64, 8, 2.0, 60, epsilon)
+    event = ProjectedGaussian([(64, 8)], 2.0)
+    for accountant in (PldAccountant(), RdpAccountant()):
+        assert exact <= accountant.compose(event, 60).delta(epsilon).delta
+    assert PldAccountant().compose(event, 60).delta(epsilon).delta <= 1.5 * exact
 
 
 @pytest.mark.parametrize(
