@@ -279,6 +279,17 @@ def test_closed_bound_meets_its_pins(
         assert found == pytest.approx(exact, rel=2e-4)
 
 
+def test_closed_bound_covers_ratios_above_one() -> None:
+    """At m = 400, r = 8, ρ = .9999 the term c ln(ρ+K), for R > 1, is the larger one."""
+    m, r, rho, third = 400, 8, 0.9999, 0.01 / 3
+    reach = stats.t.isf(third, r) * math.sqrt((1 - rho**2) / r)
+    x, c, low = stats.chi2.isf(third, m + r - 1), (m - r + 1) / 2, rho - reach
+    above = c * math.log(rho + reach)
+    assert above > 1.5 * (c * math.log(low) + (1 - low) * x / (2 * low))
+    found = vector_projection_bound(m, r, rho, 0.01).epsilon
+    assert found == pytest.approx(above, rel=1e-6, abs=0)
+
+
 def test_the_printed_constant_is_false() -> None:
     """With c = (m+r-1)/2 the theorem claims ε = 545.6 where the true δ is .0415, not .01."""
     m = r = 400
