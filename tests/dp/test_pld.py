@@ -154,6 +154,23 @@ def test_both_directions_are_taken(z: float, p: float, count: int) -> None:
     assert only_add < 0.9 * low
 
 
+def test_a_wrong_guess_of_the_worse_direction_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The direction that looks worse by its moments is solved first, but the other one counts."""
+    pair = SampledPair(1.0, 0.1)
+    sources = [(_solve.sampled_source(pair, pair), 30)]
+    low, high = _solve.epsilon_interval(sources, 1e-5)
+    honest, calls = _solve._least_epsilon, itertools.count()
+
+    def misled(parts: list, delta: float) -> tuple[float, float]:
+        proved, tilt = honest(parts, delta)
+        return (1e9 if next(calls) % 2 else proved), tilt
+
+    monkeypatch.setattr(_solve, "_least_epsilon", misled)
+    assert low <= _solve.epsilon_interval(sources, 1e-5)[1] <= 1.01 * high
+
+
 def test_an_event_with_profiles_costs_what_it_is() -> None:
     """The same profiles through the hook: the upper end differs by the width only."""
     event, delta = SampledGaussian(1.0, 0.05), 1e-6

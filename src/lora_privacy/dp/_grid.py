@@ -106,8 +106,12 @@ def below(pair: SampledPair, direction: Direction, step: float, half: int, tilt:
     if end > 0:
         left[0], right[0] = 1.0, end
         measures.append(_from_least_loss(_dots(left, right, pair.rate), step, offset))
-    growth = np.exp(np.minimum(tilt * step * np.arange(half + 1), 700.0))
-    return max(measures, key=lambda one: float(one.masses @ growth[one.first : one.last + 1]))
+    growth = np.exp(np.minimum(tilt * (step * np.arange(half + 1) + offset), 700.0))
+    best = max(measures, key=lambda one: float(one.masses @ growth[one.first : one.last + 1]))
+    if float(best.masses @ growth[best.first : best.last + 1]) >= 1:
+        return best
+    # Nothing at all is released: a loss of 0. Better where all losses are far below the step.
+    return Measure(step, 0, np.ones(1))
 
 
 def _from_least_loss(dots: Array, step: float, offset: float) -> Measure:
