@@ -24,7 +24,7 @@ Layers = Sequence[tuple[int, int]]
 
 COARSE, FINE = 11, 14  # log2 of the points on [0, 1]: for profiles, and for one ε
 _EPS = float(np.finfo(np.float64).eps)
-_SLACK = 1e-9  # relative; the masses are checked to a third of it, the rest is rounding
+_SLACK = 1e-9  # relative, for rounding: once they sum up to 1, masses are off by 1e-11
 _TINY = 1e-300  # underflow
 _ROOTS, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 _BLOCK = 1 << 20  # elements of one work array
