@@ -1,5 +1,6 @@
 """Calibration: every answer is certified, checked by a peer's accountant, and nearly the least."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from lora_privacy.dp import (
     Calibration,
     GaussianEvent,
     PldAccountant,
+    PrivacyBound,
     ProjectedGaussian,
     RdpAccountant,
     SampledGaussian,
@@ -180,6 +182,33 @@ def test_targets_out_of_reach_say_why() -> None:
     # e^1500 is beyond what the Rényi accountant holds: no ε at all, with its reason.
     with pytest.raises(CalibrationError, match="no ε is proved at δ"):
         calibrate_steps(GaussianEvent(1e-160), epsilon=1.0, delta=1e-5, accountant=RdpAccountant())
+
+
+@dataclasses.dataclass(frozen=True)
+class Jittery:
+    """An accountant whose ε moves by up to 1 % from value to value, as on a grid."""
+
+    inner: RdpAccountant = dataclasses.field(default_factory=RdpAccountant)
+    share: float = 0.0
+
+    def compose(self, event: GaussianEvent, count: int = 1) -> "Jittery":
+        share = 0.01 * math.sin(1e7 * event.noise_multiplier) ** 2
+        return Jittery(self.inner.compose(event, count), share)
+
+    def epsilon(self, delta: float) -> PrivacyBound:
+        bound = self.inner.epsilon(delta)
+        return dataclasses.replace(bound, epsilon=bound.epsilon * (1 + self.share))
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.9, 1.1, 2.0, 3.7, 8.0])
+def test_an_accountant_that_jitters_still_certifies(epsilon: float) -> None:
+    """At six targets, some of which are missed where the value is first rounded."""
+    found = calibrate(GaussianEvent, epsilon=epsilon, delta=1e-5, steps=1, accountant=Jittery())
+    assert found.bound == Jittery().compose(GaussianEvent(found.value)).epsilon(1e-5)
+    exact = calibrate(
+        GaussianEvent, epsilon=epsilon, delta=1e-5, steps=1, accountant=RdpAccountant()
+    )
+    assert exact.value * (1 - 2e-4) <= found.value <= 1.035 * exact.value
 
 
 def test_a_family_that_is_not_monotone_gives_no_certificate() -> None:
