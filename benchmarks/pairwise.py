@@ -50,7 +50,7 @@ def peer(m: int, r: int, rho: float, epsilon: float) -> float:
 
         return integrate.quad(gain, low, high)[0] * weight
 
-    return integrate.quad(inner, -12, 12)[0]
+    return integrate.quad(inner, -80, 80, limit=200, points=[-8, 0, 8])[0]
 
 
 def main() -> None:

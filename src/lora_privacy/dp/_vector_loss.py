@@ -42,10 +42,10 @@ _CLOSE = 1e-5  # of log δ: one more Newton step squares it
 _STEEP = 3.0  # -d log δ / d log ε beyond which δ falls like a normal tail, not like a power
 # Two rules for each integral, used in turn, so that each check is one of both integrals.
 _INNER = tuple(np.polynomial.legendre.leggauss(n) for n in (34, 42))
-_OUTER = tuple(np.polynomial.legendre.leggauss(n) for n in (16, 22))
+_OUTER = tuple(np.polynomial.legendre.leggauss(n) for n in (12, 17))
 _FINE, _FINE_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(96))
 # Panels before any refinement: powers of two of the scale 1/√r of θ.
-_SCALES = np.exp2(np.arange(-1.0, 6.0))
+_SCALES = np.exp2(np.arange(0.0, 6.0))
 # Steps of s, whose law has a standard deviation of .7, where panels are cut.
 _STEPS = np.array([-4.0, -1.5, 0.0, 1.5, 4.0, 8.5])
 
