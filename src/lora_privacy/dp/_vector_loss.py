@@ -36,6 +36,7 @@ _AGREEMENT = 2e-11  # of the halved panels; the finer sum, far more accurate, is
 _IGNORED = 34.0  # e-folds below the result at which a node is skipped; π e^-34 ≈ 5e-15
 _EDGE = 1e-13  # of a segment: closer to its end lies rounding
 _ROUNDS = 48
+_MAX_PANELS = 2048  # open at once: rounding, not the integrand, keeps them apart
 _NEWTON = 100
 _MAX_FACTOR = 8.0  # of one Newton step in ε
 _CLOSE = 1e-5  # of log δ: one more Newton step squares it
@@ -287,6 +288,8 @@ class VectorLoss:
             if good.all():
                 return total, float(_logsumexp(np.concatenate(settled_p)[None])[0])
             low, high, segment, log_d = low[~good], high[~good], segment[~good], fine_d[~good]
+            if len(low) > _MAX_PANELS:
+                break
         raise ConvergenceError(
             f"δ({epsilon!r}) of the pair with {self._named()} missed its tolerance {RTOL:g}; no "
             "value is returned. Please report the pair."
@@ -320,17 +323,20 @@ class VectorLoss:
         self, epsilon: float, u: Array, turn: int, ignore: float
     ) -> tuple[Array, Array]:
         sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
-        theta = u - math.atan2(self.cosine, sine)
-        cos_theta = np.maximum(np.cos(theta), 1e-18)  # θ may round beyond π/2
+        # θ = u - arcsin ρ, without the rounding of a difference where cos θ is tiny.
+        sin_theta = sine * np.sin(u) - self.cosine * np.cos(u)
+        cos_theta = np.maximum(sine * np.cos(u) + self.cosine * np.sin(u), 1e-18)
         # Near R = 0 and near R = 1 each form keeps its relative precision.
         ratio = self.ratio * np.sin(u) / cos_theta
         excess = (self.ratio * (self.cosine - 1) + (self.ratio - 1)) + (
-            self.ratio * sine * np.tan(theta)
+            self.ratio * sine * sin_theta / cos_theta
         )
         log_weight = np.full(u.shape, self._log_angle)
         if self.rank > 1:
-            with np.errstate(divide="ignore"):  # sin θ may round to 1 where the density vanishes
-                log_weight += 0.5 * (self.rank - 1) * np.log1p(-np.square(np.sin(theta)))
+            # log cos θ, from whichever of sin and cos is the smaller one.
+            square = np.minimum(np.square(sin_theta), 0.6)
+            log_cos = np.where(cos_theta < 0.7, np.log(cos_theta), 0.5 * np.log1p(-square))
+            log_weight += (self.rank - 1) * log_cos
         return self._inner(epsilon, ratio, excess, log_weight, turn, ignore)
 
     def _inner(
