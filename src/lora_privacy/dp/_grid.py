@@ -193,15 +193,16 @@ def _lines(pair: SampledPair, cells: Cells) -> tuple[Array, Array]:
             tau_end[steep], (whole_ratio[steep], np.ones(int(steep.sum())))
         )
     lost = ~((left >= 0) & (right >= 0))
-    lost[-1] = True  # no infinite loss: the last line is 0
     left[lost] = right[lost] = 0.0
     return left, right
 
 
 def _dots(left: Array, right: Array, scale: Array | float) -> Array:
     """At each grid point the lower of the two lines that meet there, so both stay below."""
-    dots = np.minimum(np.append(left, 0.0), np.append(left[0], right))
-    return np.maximum(dots * scale * (1 - 8 * _EPS), 0.0)
+    dots = np.minimum(np.append(left, right[-1]), np.append(left[0], right))
+    dots = dots * scale * (1 - 8 * _EPS)
+    # The mass that would be at the infinite loss, constant in ε, is dropped.
+    return np.maximum(dots - dots[-1], 0.0)
 
 
 def _joined(ours: Array, theirs: Array, step: float, sign: int) -> Measure:
@@ -253,11 +254,13 @@ def _masses(dots: Array, step: float) -> Array:
     """
     falls = np.append(np.diff(dots), 0.0)
     masses = (math.exp(-step) * falls[1:] - falls[:-1]) / -math.expm1(-step)
-    if masses.min(initial=0.0) < 0 and step * len(dots) <= _MAX_HULL:
-        weights = np.exp(step * np.arange(len(falls)))
-        slopes = _rising(falls[:-1] / weights[:-1], weights[:-1])
-        slopes = np.append(np.minimum(slopes, 0.0), 0.0)
-        masses = weights[1:] * np.diff(slopes) / math.expm1(step)
+    if masses.min(initial=0.0) < 0:
+        # As far as e^ε is a double; further out the masses are left as they are, and checked.
+        count = min(len(masses), max(1, int(_MAX_HULL / step)))
+        weights = np.exp(step * np.arange(count + 1))
+        slopes = np.minimum(_rising(falls[:count] / weights[:-1], weights[:-1]), 0.0)
+        slopes = np.append(slopes, falls[count] / weights[-1])
+        masses[:count] = weights[1:] * np.diff(slopes) / math.expm1(step)
     return np.maximum(masses, 0.0)
 
 
