@@ -41,7 +41,7 @@ def test_account_prints_the_bound_of_the_library() -> None:
         assert part["adjacency"] == "add-remove"
         assert part["unit"] == "one training example"
         assert part["method"] == "rdp"
-        assert "batches are Poisson samples that stay secret" in part["assumptions"]
+        assert any("each release has its own Poisson" in text for text in part["assumptions"])
         assert "Mironov, Ilya (2017), IEEE CSF 2017, arXiv:1702.07476" in part["citations"]
         assert any("early stopping" in caveat for caveat in part["caveats"])
 
@@ -55,6 +55,25 @@ def test_the_table_says_the_same_and_what_it_rests_on() -> None:
     assert "1,000 × Gaussian noise, noise multiplier 1, sampling rate 0.01" in done.output
     for start in ("Assumes: ", "Sources: ", "Not covered: "):
         assert f"\n{start}" in done.output
+
+
+def test_the_release_is_the_one_accounted_to_the_last_digit() -> None:
+    """In words and as numbers; six digits would name another release."""
+    noise, rate = "1.0000049", "0.010000049"
+    run = ["--sample-rate", rate, "--steps", "10", "--accountant", "rdp", "--json"]
+    asked = call("account", "--noise-multiplier", noise, "--delta", "1e-5", *run)
+    answer = json.loads(asked.output)
+    assert f"noise multiplier {noise}, sampling rate {rate}" in answer["release"]
+    assert (answer["noise_multiplier"], answer["sample_rate"]) == (float(noise), float(rate))
+    assert answer["layers"] == []
+
+    shapes = ["--projected", "768:8", "--projected", "512:4"]
+    asked = call("account", "--noise-multiplier", noise, "--delta", "1e-5", *shapes, *run)
+    assert json.loads(asked.output)["layers"] == [[768, 8], [512, 4]]
+
+    found = json.loads(call("calibrate", *TARGET, *run[:4], "--json").output)
+    assert found["noise_multiplier"] == found["value"]
+    assert f"noise multiplier {found['value']!r}," in found["release"]
 
 
 def test_what_is_printed_as_at_most_is_not_below_it() -> None:
@@ -166,6 +185,8 @@ def test_one_rank_for_all_layers_is_searched() -> None:
     rank = answer["value"]
     assert answer["quantity"] == "rank"
     assert f"(768:{rank}, 512:{rank})" in answer["release"]
+    assert answer["layers"] == [[768, rank], [512, rank]]
+    assert (answer["noise_multiplier"], answer["sample_rate"]) == (1.0, 1.0)
 
     def epsilon_at(wanted: int) -> float:
         layers = ((768, wanted), (512, wanted))

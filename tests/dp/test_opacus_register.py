@@ -31,6 +31,7 @@ from lora_privacy.dp.opacus import (
     ProjectedOpacusAccountant,
     ProjectionAttestation,
     SampledOpacusAccountant,
+    chain_step_hook,
     projection_digest,
     register,
     register_projected,
@@ -174,6 +175,130 @@ def test_one_batch_in_physical_parts_is_one_step() -> None:
     assert accountant.history == [(1.5, RATE, 1)]
 
 
+def two_optimizers(engine: PrivacyEngine) -> Iterator[tuple[nn.Module, list[DPOptimizer]]]:
+    """An adapter and a head, each with its own ``make_private``, on the batches of one loader."""
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 2))
+    loader = DataLoader(
+        TensorDataset(torch.ones(8, 6)),
+        batch_size=2,
+        generator=torch.Generator().manual_seed(1),
+    )
+    optimizers = []
+    batches, wrapped = loader, model
+    for part in model:
+        wrapped, optimizer, batches = engine.make_private(
+            module=wrapped,
+            optimizer=torch.optim.SGD(part.parameters(), lr=0.1),
+            data_loader=loader,
+            noise_multiplier=1.5,
+            max_grad_norm=1.0,
+        )
+        optimizers.append(optimizer)
+    for (batch,) in batches:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        wrapped(batch).square().sum().backward()
+        yield model, optimizers
+
+
+def test_two_optimizers_on_one_poisson_batch_are_refused(pristine: None) -> None:
+    """Both releases hang on one coin: charged as independent samples they cost 2.4, truly 4.4."""
+    register_accountant("ours", lambda: SampledOpacusAccountant("ours", RdpAccountant()))
+    engine = PrivacyEngine(accountant="ours")
+    model, (adapter, head) = next(two_optimizers(engine))
+    adapter.step()
+    before = copy.deepcopy(model[1].state_dict())
+    with pytest.raises(UnsupportedEventError, match="Put all parameters into one optimizer"):
+        head.step()
+    assert all(torch.equal(before[key], value) for key, value in model[1].state_dict().items())
+    assert engine.accountant.history == [(1.5, RATE, 1)]
+
+
+def test_a_second_optimizer_is_refused_in_a_projected_run_and_when_the_first_is_gone() -> None:
+    """By identity of the first, not by its address, which the second may get."""
+    for accountant in (projected(), SampledOpacusAccountant("ours", RdpAccountant())):
+        for step in range(3):
+            model, optimizer = tiny(AttestingOptimizer)
+            optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=RATE))
+            backward(model)
+            optimizer.says = attestation(min(step, 1))
+            if step == 0:
+                optimizer.step()
+            else:
+                with pytest.raises(UnsupportedEventError, match="one optimizer"):
+                    optimizer.step()
+            del model, optimizer
+        assert len(accountant) == 1
+
+
+def test_one_optimizer_goes_on_and_another_takes_over_a_saved_state() -> None:
+    """Many steps, a second hook of the same accountant, then a new accountant after a restart."""
+    accountant = SampledOpacusAccountant("ours", RdpAccountant())
+    for _ in range(2):
+        model, optimizer = tiny(DPOptimizer)
+        for _ in range(2):
+            optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=RATE))
+            for _ in range(2):
+                optimizer.zero_grad()
+                backward(model)
+                optimizer.step()
+        state = accountant.state_dict()
+        accountant = SampledOpacusAccountant("ours", RdpAccountant())
+        accountant.load_state_dict(state)
+    assert accountant.history == [(1.5, RATE, 8)]
+
+
+def test_an_empty_history_proves_nothing() -> None:
+    """``attach_step_hook`` replaces the accounting hook: noisy steps must not print ε = 0."""
+    for accountant in (projected(), SampledOpacusAccountant("ours", RdpAccountant())):
+        model, optimizer = tiny(DPOptimizer)
+        optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=RATE))
+        optimizer.attach_step_hook(lambda optimizer: None)
+        backward(model)
+        optimizer.step()
+        for ask in (accountant.bound, accountant.get_epsilon):
+            with pytest.raises(UnsupportedEventError, match="attach_step_hook replaces it"):
+                ask(1e-5)
+
+
+def test_another_hook_runs_after_the_accounting_one() -> None:
+    """It sees the step charged already, and does not run where the step is refused."""
+    model, optimizer = tiny(DPOptimizer)
+    with pytest.raises(ValueError, match="no step hook to keep"):
+        chain_step_hook(optimizer, print)
+    accountant = SampledOpacusAccountant("ours", RdpAccountant())
+    optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=RATE))
+    seen: list[tuple[str, int]] = []
+    chain_step_hook(optimizer, lambda same: seen.append(("first", len(accountant))))
+    chain_step_hook(optimizer, lambda same: seen.append(("second", len(accountant))))
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+    assert seen == [("first", 1), ("second", 1), ("first", 2), ("second", 2)]
+    assert accountant.history == [(1.5, RATE, 2)]
+    optimizer.zero_grad()
+    backward(model)
+    backward(model)
+    with pytest.raises(UnsupportedEventError, match="summed 2 Poisson batches"):
+        optimizer.step()
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("empty", [RdpAccountant()])
+def test_the_bound_says_what_the_hook_cannot_see(empty: RdpAccountant | PldAccountant) -> None:
+    """Neither the loader nor which batch a step was taken on; sampled projections the same."""
+    event = ProjectedGaussian(layers=((6, 2),), noise_multiplier=1.5, sample_rate=RATE)
+    said = "each release has its own Poisson sample, independent of all others and secret"
+    for one in (SampledGaussian(1.5, RATE), event):
+        assert empty.compose(one).epsilon(1e-5).assumptions.count(said) == 1
+    mixed = empty.compose(event).compose(SampledGaussian(1.5, RATE)).epsilon(1e-5)
+    assert mixed.assumptions.count(said) == 1
+    assert not any(
+        "Poisson" in one for one in empty.compose(GaussianEvent(1.5)).epsilon(1e-5).assumptions
+    )
+
+
 def test_neighbouring_steps_are_joined_only_when_equal() -> None:
     """The order of the steps survives, as in Opacus."""
     accountant = SampledOpacusAccountant("ours", RdpAccountant())
@@ -240,7 +365,6 @@ def test_pld_is_registered_once_and_for_all(pristine: None) -> None:
     accountant = PrivacyEngine(accountant="pld").accountant
     assert type(accountant) is SampledOpacusAccountant
     assert accountant.mechanism() == "pld"
-    assert accountant.get_epsilon(1e-5) == 0
     for _ in range(3):
         accountant.step(noise_multiplier=1.5, sample_rate=RATE)
     expected = PldAccountant().compose(SampledGaussian(1.5, RATE), 3).epsilon(1e-5)

@@ -32,6 +32,7 @@ __all__ = [
     "ACCOUNTANTS",
     "Account",
     "Answer",
+    "Release",
     "ReleaseConfig",
     "at_most",
     "layers_of",
@@ -42,18 +43,54 @@ AccountantName = Literal["pld", "rdp"]
 ACCOUNTANTS: tuple[AccountantName, ...] = ("pld", "rdp")
 
 
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One release, as it is accounted.
+
+    Attributes:
+        noise_multiplier: z = σ/C.
+        sample_rate: Probability that a record takes part.
+        layers: ``(in_features, rank)`` of every layer under a fresh A; empty for no projection.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    layers: tuple[tuple[int, int], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe: the release in words, and the numbers."""
+        return {
+            "release": str(self),
+            "noise_multiplier": self.noise_multiplier,
+            "sample_rate": self.sample_rate,
+            "layers": [list(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        """In words, with every digit: a rounded noise would name another release."""
+        noise, rate = (
+            repr(float(number)).removesuffix(".0")
+            for number in (self.noise_multiplier, self.sample_rate)
+        )
+        parts = f"noise multiplier {noise}, sampling rate {rate}"
+        if not self.layers:
+            return f"Gaussian noise, {parts}"
+        shapes = ", ".join(f"{in_features}:{rank}" for in_features, rank in self.layers)
+        return f"Gaussian noise before a fresh projection ({shapes}), {parts}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
     """The answer of ``account``.
 
     Attributes:
-        release: One release in words.
+        release: One release.
         steps: How many.
         bound: What is proved.
         curve: Other bounds of the same history; None where no finite ε is proved.
     """
 
-    release: str
+    release: Release
     steps: int
     bound: PrivacyBound
     curve: PrivacyCurve | None
@@ -67,7 +104,7 @@ class Account:
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; every number lies beside its adjacency, unit, method and citations."""
         return {
-            "release": self.release,
+            **self.release.to_dict(),
             "steps": self.steps,
             "bound": _record(self.bound),
             "curve": None if self.curve is None else self.curve.to_dict(),
@@ -95,13 +132,13 @@ class Answer:
     """The answer of ``calibrate``: what was found, and the releases that its bound is about."""
 
     found: Calibration
-    release: str
+    release: Release
     steps: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields."""
         return {
-            "release": self.release,
+            **self.release.to_dict(),
             "steps": self.steps,
             **self.found.to_dict(),
             "bound": _record(self.found.bound),
@@ -150,7 +187,7 @@ class ReleaseConfig:
         """One release; ``rank`` replaces that of every layer."""
         if self.layers:
             return ProjectedGaussian(
-                layers=tuple((m, r if rank is None else rank) for m, r in self.layers),
+                layers=self._shapes(rank),
                 noise_multiplier=noise_multiplier,
                 sample_rate=self.sample_rate,
             )
@@ -218,13 +255,12 @@ class ReleaseConfig:
         )
         return Answer(found, self._release(noise_multiplier, int(found.value)), steps)
 
-    def _release(self, noise_multiplier: float, rank: int | None = None) -> str:
-        """One release in words."""
-        parts = f"noise multiplier {noise_multiplier:g}, sampling rate {self.sample_rate:g}"
-        if not self.layers:
-            return f"Gaussian noise, {parts}"
-        shapes = ", ".join(f"{m}:{r if rank is None else rank}" for m, r in self.layers)
-        return f"Gaussian noise before a fresh projection ({shapes}), {parts}"
+    def _release(self, noise_multiplier: float, rank: int | None = None) -> Release:
+        """One release; ``rank`` replaces that of every layer."""
+        return Release(noise_multiplier, self.sample_rate, self._shapes(rank))
+
+    def _shapes(self, rank: int | None) -> tuple[tuple[int, int], ...]:
+        return tuple((m, r if rank is None else rank) for m, r in self.layers)
 
 
 def sample_rate_of(
@@ -284,7 +320,7 @@ def _record(bound: PrivacyBound) -> dict[str, Any]:
 
 def _bound_text(
     bound: PrivacyBound,
-    release: str,
+    release: Release,
     steps: int,
     more: Sequence[tuple[str, str]],
     references: Sequence[str],

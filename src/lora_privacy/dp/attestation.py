@@ -155,7 +155,7 @@ class AttestedLedger:
             )
 
     def state(self) -> dict[str, Any]:
-        """The ledger in plain Python types."""
+        """The ledger in plain Python types; keep it where only the run can write."""
         return {
             "history": list(self._history),
             "layers": list(self.layers),
@@ -165,7 +165,10 @@ class AttestedLedger:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], layers: Sequence[tuple[int, int]]) -> Self:
-        """The ledger that ``state()`` gave; ValueError unless it is whole and of ``layers``."""
+        """The ledger that ``state()`` gave; ValueError unless it is whole and of ``layers``.
+
+        The state is trusted: one that was edited and is still whole is not detected.
+        """
         ledger = cls(layers)
         found = checked_layers(state["layers"])
         if sorted(found) != sorted(ledger.layers):

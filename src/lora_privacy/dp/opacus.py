@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "ProjectedOpacusAccountant",
     "ProjectionAttestation",
     "SampledOpacusAccountant",
+    "chain_step_hook",
     "projection_digest",
     "register",
     "register_projected",
@@ -50,6 +52,15 @@ EventOf = Callable[[float, float], object]
 def register() -> None:
     """Make ``PrivacyEngine(accountant="pld")`` account by ``PldAccountant``, for any Opacus run.
 
+    The ε holds for a run whose every step is taken on a Poisson batch of its own. The accountant
+    sees neither the loader nor the batch, so this is for you to ensure:
+
+    - **Do not call** ``make_private(poisson_sampling=False)``. Opacus reports the same steps, and
+      the ε printed for them is void.
+    - **Take one step on each batch**, with one optimizer that holds all parameters. A second
+      optimizer is refused; a second step of the same optimizer on the same batch is not seen.
+
+    ``get_epsilon(delta)`` is a bare number; ``bound(delta)`` states these assumptions with it.
     Registering twice does nothing the second time.
 
     Raises:
@@ -88,6 +99,7 @@ class SampledOpacusAccountant(IAccountant):
 
     What it cannot see it states as an assumption of the bound: with
     ``make_private(poisson_sampling=False)`` Opacus reports the same steps, and the bound is void.
+    Its step hook serves one optimizer, the first that it charges.
 
     Args:
         name: Name it is registered under.
@@ -101,6 +113,7 @@ class SampledOpacusAccountant(IAccountant):
     def __init__(self, name: str, empty: Accountant) -> None:
         self._name = name
         self._empty = empty
+        self._optimizer = _OneOptimizer()
         self.history: History = []
 
     def __len__(self) -> int:
@@ -120,16 +133,25 @@ class SampledOpacusAccountant(IAccountant):
         self.history.append((z, p, count))
 
     def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[DPOptimizer], None]:
-        """Hook that charges a step once its noise is added, before the weights move."""
+        """Hook that charges a step once its noise is added, before the weights move.
+
+        The hook raises UnsupportedEventError for a second optimizer and for accumulated batches.
+        """
 
         def hook(optimizer: DPOptimizer) -> None:
+            self._optimizer.check(optimizer)
             _refuse_accumulation(optimizer)
             self.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=sample_rate)
+            self._optimizer.remember(optimizer)
 
         return hook
 
     def bound(self, delta: float) -> PrivacyBound:
-        """What is proved of the history at ``delta``, with its assumptions and sources."""
+        """What is proved of the history at ``delta``, with its assumptions and sources.
+
+        Raises:
+            UnsupportedEventError: The history is empty.
+        """
         return _prove(self._empty, SampledGaussian, self.history, delta)
 
     # A misspelt parameter must not vanish, so there is no **kwargs.
@@ -140,11 +162,15 @@ class SampledOpacusAccountant(IAccountant):
     def state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, destination: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """History and name, in plain Python types."""
+        """History and name, in plain Python types; whoever can edit them can change the ε."""
         return _fill(destination, history=checked_history(self.history), mechanism=self._name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take over a state; ValueError unless it is one of ours and nothing was charged yet."""
+        """Take over a state, which is trusted: one that was edited is not detected.
+
+        Raises:
+            ValueError: It is not one of ours, or something was charged already.
+        """
         _check_state(state_dict, {"history"}, self._name, charged=bool(self.history))
         self.history = checked_history(state_dict["history"])
 
@@ -173,6 +199,7 @@ class ProjectedOpacusAccountant(IAccountant):
         self._empty = empty
         self._event_of = event_of
         self._ledger = AttestedLedger(layers)
+        self._optimizer = _OneOptimizer()
         self._plan: History = []
 
     @property
@@ -226,15 +253,21 @@ class ProjectedOpacusAccountant(IAccountant):
                     "attest_projection(). Its steps are plain sampled Gaussians; use "
                     'accountant="pld".'
                 )
+            self._optimizer.check(optimizer)
             _refuse_accumulation(optimizer)
             self._ledger.charge(
                 attest(), noise_multiplier=optimizer.noise_multiplier, sample_rate=sample_rate
             )
+            self._optimizer.remember(optimizer)
 
         return hook
 
     def bound(self, delta: float) -> PrivacyBound:
-        """What is proved at ``delta``; of a plan it says that no step was taken."""
+        """What is proved at ``delta``; of a plan it says that no step was taken.
+
+        Raises:
+            UnsupportedEventError: There is neither a step nor a plan.
+        """
         proved = _prove(self._empty, self._event_of, self.history, delta)
         said = "each step's A is what the optimizer attested it to be"
         if self._plan:
@@ -248,13 +281,20 @@ class ProjectedOpacusAccountant(IAccountant):
     def state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, destination: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The attested ledger with its digests; AttestationError for a plan, which is none."""
+        """The attested ledger with its digests; AttestationError for a plan, which is none.
+
+        Whoever can edit it can change the ε, and can erase the draws that must not come back.
+        """
         if self._plan:
             raise AttestationError("A plan has no state to save: no step was attested.")
         return _fill(destination, **self._ledger.state(), mechanism=self._name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take over a ledger; ValueError unless it is whole and ours, and nothing was charged."""
+        """Take over a ledger, which is trusted: one that was edited is not detected.
+
+        Raises:
+            ValueError: It is not whole or not ours, or something was charged already.
+        """
         keys = {"history", "layers", "seed_digests", "matrix_digests"}
         _check_state(state_dict, keys, self._name, charged=bool(self.history))
         self._ledger = AttestedLedger.restored(state_dict, self.layers)
@@ -269,6 +309,34 @@ def _history_entry(event: object, count: int) -> tuple[float, float, int]:
         f"Opacus has no history that means {type(event).__name__}: it would account it as a "
         "plain Gaussian. Use register_projected."
     )
+
+
+def chain_step_hook(optimizer: DPOptimizer, hook: Callable[[DPOptimizer], None]) -> None:
+    """Run ``hook`` after the step hook that ``optimizer`` has, which stays in place.
+
+    ``optimizer.attach_step_hook(hook)`` would replace the accounting hook, and later steps would
+    be charged nowhere. ``hook`` runs once the step is charged, before the weights move, and does
+    not run where the accounting hook raises.
+
+    Args:
+        optimizer: What ``make_private`` returned.
+        hook: Called with the optimizer.
+
+    Raises:
+        ValueError: The optimizer has no step hook yet.
+    """
+    first: Callable[[DPOptimizer], None] | None = optimizer.step_hook
+    if first is None:
+        raise ValueError(
+            "optimizer has no step hook to keep, so its steps are not charged. Call this on the "
+            "optimizer that make_private returned."
+        )
+
+    def both(charged: DPOptimizer) -> None:
+        first(charged)
+        hook(charged)
+
+    optimizer.attach_step_hook(both)
 
 
 def projection_digest(matrices: Iterable[torch.Tensor]) -> str:
@@ -300,12 +368,45 @@ def _register(name: str, make: functools.partial[Any]) -> None:
 
 
 def _prove(
-    empty: Accountant, event_of: EventOf, history: Iterable[tuple[float, float, int]], delta: float
+    empty: Accountant, event_of: EventOf, history: Sequence[tuple[float, float, int]], delta: float
 ) -> PrivacyBound:
+    if not history:
+        raise UnsupportedEventError(
+            "No step was charged, so there is nothing to prove an ε of: either none was taken, or "
+            "the accounting hook was lost (attach_step_hook replaces it). Add a hook of your own "
+            "by lora_privacy.dp.opacus.chain_step_hook."
+        )
     accountant = empty
     for noise_multiplier, sample_rate, steps in checked_history(list(history)):
         accountant = accountant.compose(event_of(noise_multiplier, sample_rate), steps)
     return accountant.epsilon(delta)
+
+
+class _OneOptimizer:
+    """The first optimizer that was charged; every other one is refused, even when it is gone.
+
+    Two optimizers that step on one Poisson batch release two sums that hang on the same coin of a
+    record. Charged as two samples, they would seem to cost far less than they do.
+    """
+
+    def __init__(self) -> None:
+        # Weak, so that the accountant keeps no model alive; not id(), which is given out again.
+        self._first: weakref.ref[DPOptimizer] | None = None
+
+    def check(self, optimizer: DPOptimizer) -> None:
+        """Raise UnsupportedEventError unless ``optimizer`` is the first one or there is none."""
+        if self._first is not None and self._first() is not optimizer:
+            raise UnsupportedEventError(
+                "This accountant has charged another optimizer. Two optimizers may step on one "
+                "Poisson batch, and their releases are then not independent samples, as they "
+                "would be charged. Put all parameters into one optimizer. For a later phase with "
+                "batches of its own, load state_dict() into a new accountant."
+            )
+
+    def remember(self, optimizer: DPOptimizer) -> None:
+        """Take ``optimizer``, which was just charged, for the only one."""
+        if self._first is None:
+            self._first = weakref.ref(optimizer)
 
 
 def _refuse_accumulation(optimizer: DPOptimizer) -> None:

@@ -82,7 +82,8 @@ class ProjectedGaussian:
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What must be true of the run, one sentence each; the class says it in full."""
-        sampled = ("batches are Poisson samples that stay secret",) if self.sample_rate < 1 else ()
+        coin = "each release has its own Poisson sample, independent of all others and secret"
+        sampled = (coin,) if self.sample_rate < 1 else ()
         return (
             "each record's gradient over all layers is clipped by its full Frobenius norm",
             *sampled,

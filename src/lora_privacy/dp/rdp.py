@@ -241,7 +241,9 @@ def _bound(
         reason = f"the Rényi divergences prove no δ below 1 at ε = {epsilon!r}."
     assumptions = ["each record's contribution to a release has norm at most the clip norm"]
     if any(isinstance(event, SampledGaussian) for event in events):
-        assumptions.append("batches are Poisson samples that stay secret")
+        assumptions.append(
+            "each release has its own Poisson sample, independent of all others and secret"
+        )
     assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
     references = _REFERENCES
     for event in events:
