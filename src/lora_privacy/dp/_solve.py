@@ -290,7 +290,7 @@ class _Plan:
         finest = max(self._reaches) * max(1 / _MAX_HALF, len(self._sources) / _MAX_WORK)
         if self._step <= 1.01 * finest:
             return False
-        self._step = max(self._step * min(0.8, max(0.9 * math.sqrt(share), 0.125)), finest)
+        self._step = max(self._step * min(0.5, max(0.9 * math.sqrt(share), 0.125)), finest)
         return True
 
     def coarsen(self) -> bool:
