@@ -1,4 +1,4 @@
-"""Oracles for loss distributions, from the definitions, with mpmath. They import nothing of ours."""
+"""Oracles for loss distributions, from the definitions, with mpmath; nothing of ours is used."""
 
 import mpmath as mp
 import numpy as np
