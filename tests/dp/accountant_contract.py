@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from lora_privacy.dp import GaussianEvent, PrivacyBound
@@ -36,6 +37,14 @@ class AccountantContract:
         assert one.epsilon(1e-5).epsilon < other.epsilon(1e-5).epsilon
         assert two == self.accountant.compose(GaussianEvent(2.0), 2)
         assert self.accountant.events == (), "compose must not change the accountant"
+
+    def test_counts_add_up_whatever_their_type(self) -> None:
+        """A ledger with one event twice, or with counts that would wrap around at 256."""
+        event = GaussianEvent(30.0)
+        twice = dataclasses.replace(self.accountant, events=((event, 200), (event, 100)))
+        small = dataclasses.replace(self.accountant, events=((event, np.uint8(200)),))
+        assert twice == small.compose(event, 100) == self.accountant.compose(event, 300)
+        assert twice.compose(event) == self.accountant.compose(event, 301)
 
     def test_no_proof_no_number(self) -> None:
         with pytest.raises(UnsupportedEventError, match="no proof for StrangeEvent"):

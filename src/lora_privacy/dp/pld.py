@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _gaussian, _solve
+from lora_privacy.dp._checks import merged_ledger
 from lora_privacy.dp._profiles import ProfiledEvent, SampledPair
 from lora_privacy.dp.events import GaussianEvent, SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
@@ -64,9 +65,9 @@ class PldAccountant:
 
     def __post_init__(self) -> None:
         _validate.choice("adjacency", self.adjacency, ADJACENCIES)
-        for event, count in self.events:
+        for event, _ in self.events:
             _refuse_unproved(event, self.adjacency)
-            _validate.integer("count", count, 1)
+        object.__setattr__(self, "events", merged_ledger(self.events))
 
     def compose(self, event: LossEvent, count: int = 1) -> Self:
         """Return a new accountant that has also paid for ``count`` releases of ``event``.
@@ -76,10 +77,7 @@ class PldAccountant:
             TypeError: ``count`` is no integer.
             ValueError: ``count`` is below 1.
         """
-        _refuse_unproved(event, self.adjacency)
-        ledger = dict(self.events)
-        ledger[event] = ledger.get(event, 0) + _validate.integer("count", count, 1)
-        return type(self)(self.adjacency, tuple(ledger.items()))
+        return type(self)(self.adjacency, (*self.events, (event, count)))
 
     def epsilon(self, delta: float) -> PrivacyBound:
         """Smallest ε proved at ``delta``, rounded up; ValueError unless 0 < delta < 1.

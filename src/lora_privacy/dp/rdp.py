@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _moments
-from lora_privacy.dp._checks import check_sample_rate
+from lora_privacy.dp._checks import check_sample_rate, merged_ledger
 from lora_privacy.dp._conversion import least_epsilon, least_log_delta
 from lora_privacy.dp.events import Event, GaussianEvent, ProjectedGaussian, SampledGaussian
 from lora_privacy.dp.projected import refuse_unproved as refuse_unproved_projection
@@ -125,9 +125,9 @@ class RdpAccountant:
             if not np.all(grid[1:] > grid[:-1]):
                 grid = np.unique(grid)  # ascending, so that the search may rely on it
             object.__setattr__(self, "orders", tuple(grid.tolist()))
-        for event, count in self.events:
+        for event, _ in self.events:
             _refuse_unproved(event, self.adjacency)
-            _validate.integer("count", count, 1)
+        object.__setattr__(self, "events", merged_ledger(self.events))
 
     def compose(self, event: Event, count: int = 1) -> Self:
         """Return a new accountant that has also paid for ``count`` releases of ``event``.
@@ -137,10 +137,7 @@ class RdpAccountant:
             TypeError: ``count`` is no integer.
             ValueError: ``count`` is below 1.
         """
-        _refuse_unproved(event, self.adjacency)
-        ledger = dict(self.events)
-        ledger[event] = ledger.get(event, 0) + _validate.integer("count", count, 1)
-        return type(self)(self.adjacency, self.orders, tuple(ledger.items()))
+        return type(self)(self.adjacency, self.orders, (*self.events, (event, count)))
 
     def epsilon(self, delta: float) -> PrivacyBound:
         """Smallest ε proved at ``delta``, rounded up; ValueError unless 0 < delta < 1.
