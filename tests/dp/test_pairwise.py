@@ -14,9 +14,10 @@ from lora_privacy.dp import (
     PairDivergence,
     RdpAccountant,
     VectorProjection,
+    _vector_loss,
     vector_projection_bound,
 )
-from lora_privacy.errors import UnsupportedEventError
+from lora_privacy.errors import ConvergenceError, UnsupportedEventError
 from lora_privacy.noise import RowNoise
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -44,6 +45,10 @@ ORACLE = [
     (5, 3, 0.95, 1.0, 3e4),
     (768, 8, 0.999, 1.0, 1e6),
     (1000, 256, 0.9999, 1.0, 3.0),
+    # Next to parallel: the mass lies within 1e-5 and 2e-7 of R = 0, and of R = ∞.
+    (5, 3, math.cos(1e-5), 1.0, 2.784),
+    (2, 1, math.cos(2e-7), 1.0, 2.784),
+    (768, 8, math.cos(1e-6), 1.0, 2.784),
 ]
 
 
@@ -80,6 +85,9 @@ def delta_by_tails(m: int, r: int, rho: float, nu: float, epsilon: float, digits
         near = {p + s * mp.mpf(2) ** -e for p in points for s in (-1, 1) for e in range(2, 20, 3)}
         if epsilon > 1e3:
             near |= {zero + mp.mpf(2) ** (-e / 2) for e in range(60)}
+        if scale < 1e-3:  # the mass may lie at t ≈ ±1/scale, on that scale
+            halves = [mp.mpf(2) ** (mp.mpf(e) / 2) for e in range(-59, 24, 2)]
+            near |= {p + s * f / scale for f in halves for p, s in ((zero, 1), (0, 1), (0, -1))}
         cuts = sorted({p for p in (*points, *grid, *near) if p >= zero})
         nodes = [(mp.mpf(float(x)), mp.mpf(float(w))) for x, w in zip(*GAUSS, strict=True)]
         # The heavy tail below R = 0, as an integral over tan θ = t/√r.
@@ -252,6 +260,33 @@ def test_extremes_are_solved(pair: tuple[int, int, float, float], delta: float) 
     assert 0 < found.epsilon < math.inf
     assert law.delta(found.forward, "forward") <= delta
     assert law.delta(found.forward * 0.999, "forward") > delta * 0.99
+
+
+@pytest.mark.parametrize("pair", [(5, 3), (2, 1), (768, 8), (1000, 256), (4, 40)])
+@pytest.mark.parametrize("angle", [1e-5, 1e-7])
+def test_small_angles(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[int, int], angle: float
+) -> None:
+    """With φ, δ falls like sin^r φ, in logs that hold no δ, and few panels must do.
+
+    R reaches what makes a loss of ε where tan θ is ≈ 1/φ, and the density there is ∝ φ^{r-1} dθ.
+    Next order: a share of at most r (φ/(R - 1))²/2, and R - 1 is .004 or more where δ lies.
+    """
+    monkeypatch.setattr(_vector_loss, "_MAX_PANELS", 48)
+    rank = pair[1]
+    scaled: list[float] = []
+    for cosine in (math.cos(angle), math.cos(angle / 3)):
+        law = _vector_loss.VectorLoss(*pair, cosine, 1.0)
+        log_sine = 0.5 * math.log((1 - cosine) * (1 + cosine))
+        scaled.append(law._resolved(2.784)[0] - rank * log_sine)
+    assert scaled[0] == pytest.approx(scaled[1], rel=0, abs=1e-10 + rank * (300 * angle) ** 2)
+
+
+def test_a_profile_that_does_not_settle_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a bounded number of panels."""
+    monkeypatch.setattr(_vector_loss, "_AGREEMENT", -1.0)
+    with pytest.raises(ConvergenceError, match="missed its tolerance"):
+        VectorProjection(5, 3, 0.95).delta(1.0)
 
 
 BOUNDS = [

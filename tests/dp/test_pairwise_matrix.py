@@ -97,6 +97,44 @@ def test_a_scaled_matrix_has_a_chi_square_loss(rank: int, columns: int) -> None:
     assert 0 < found.forward < found.backward < math.inf
 
 
+def test_a_pair_treated_as_proportional_says_so() -> None:
+    """Only a product with a power of two is not rounded; any other pair may have ε = ∞."""
+    for other in (V + 1e-13 * W, 3 * V, 0.1 * V):
+        found = matrix_projection(V, other, 2, 1e-3, tolerance=2e-12)
+        assert found.epsilon < math.inf
+        assert found.method == "exact profile, of a pair treated as proportional"
+        assert "treated as proportional within a relative tolerance of 2e-12" in found.pair
+        assert "ε = ∞" in found.pair
+    exact = matrix_projection(V, 0.5 * V, 2, 1e-3)
+    assert exact.method == "exact profile"
+    assert "tolerance" not in exact.pair
+    column = matrix_projection(V[:, :1], 3 * V[:, :1], 2, 1e-3)
+    assert "another ε" in column.pair  # vectors are not told apart surely
+    assert "ε = ∞" not in column.pair
+
+
+def test_a_pair_treated_as_of_rank_one_says_so() -> None:
+    """An outer product is rounded; a single column is of rank one exactly."""
+    found = matrix_projection(np.outer(V[:, 0], W[0]), np.outer(W[:, 1], W[0]), 5, 0.9)
+    assert found.method == "exact profile, of a pair treated as of rank one"
+    assert "relative tolerance of 1e-12; in exact arithmetic another pair has ε = ∞" in found.pair
+    column = matrix_projection(V[:, :1], W[:, :1], 5, 0.9)
+    assert column.method == "exact profile"
+
+
+def test_a_tiny_singular_value_counts() -> None:
+    """It may be no rounding, and a larger K is a larger ε; rows and columns of zeros do not count.
+
+    Expected: K = q (m + r - q) by hand.
+    """
+    for size, freedom in ((1e-17, 4), (1e-300, 4), (0.0, 3)):
+        matrix = np.diag([1.0, size])
+        found = matrix_projection(matrix, 2 * matrix, 2, 1e-3)
+        law = VectorLoss(freedom, 1, 1.0, 0.5)
+        assert found.backward == pytest.approx(law.epsilon(1e-3), rel=1e-9)
+    assert VectorLoss(4, 1, 1.0, 0.5).epsilon(1e-3) > VectorLoss(3, 1, 1.0, 0.5).epsilon(1e-3)
+
+
 def test_matrices_that_need_no_proof() -> None:
     """Equal ones cost nothing; a zero one, or an opposite one, is told apart surely."""
     assert matrix_projection(V, V.copy(), 4, 1e-9).epsilon == 0
@@ -218,6 +256,21 @@ def test_sketches_with_other_ranges_are_told_apart() -> None:
         assert "column spaces" in str(found)
         assert np.isinf(SketchRelease(g, other, 3).rdp([1.5, 2.0])).all()
     assert math.isinf(SketchRelease(V, W, 3).epsilon(0.5).epsilon)
+
+
+def test_a_sketch_names_the_tolerance_of_its_ranges() -> None:
+    """A part out of range of 1e-16 passes for rounding; full row ranks have one range surely."""
+    g = np.zeros((4, 9))
+    g[:2] = np.random.default_rng(15).standard_normal((2, 9))
+    h = 1.1 * g
+    h[2, 0] = 1e-16
+    found = SketchRelease(g, h, 3).epsilon(0.5)
+    assert found.epsilon < math.inf
+    assert "column spaces treated as equal within a relative tolerance of 1.6e-14" in found.pair
+    assert "ε = ∞" in found.pair
+    assert "tolerance" not in SketchRelease(V.T, W.T, 3).epsilon(0.5).pair
+    h[2, 0] = 1e-12
+    assert math.isinf(SketchRelease(g, h, 3).epsilon(0.5).epsilon)
 
 
 def test_equal_sketches_cost_nothing() -> None:

@@ -26,7 +26,10 @@ from lora_privacy.errors import ConvergenceError
 Array = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
 Panels = tuple[float, Array, Array, Index]
-"""Their ε; left and right ends, as fractions of a segment, and the segment each one lies in."""
+"""Their ε; both ends, as fractions of a segment, and the segment each one lies in."""
+Flags = npt.NDArray[np.bool_]
+Segments = tuple[Array, Array, Flags]
+"""Distance of each from its end of θ, width, and whether that end is the right one, R = ∞."""
 
 RTOL = 1e-10
 """Relative error of δ; every value is checked against halved panels and another inner rule."""
@@ -34,7 +37,7 @@ RTOL = 1e-10
 _DROP = 30.0  # e-folds below its peak where an integrand is cut; e^-30 ≈ 1e-13
 _AGREEMENT = 2e-11  # of the halved panels; the finer sum, far more accurate, is returned
 _IGNORED = 34.0  # e-folds below the result at which a node is skipped; π e^-34 ≈ 5e-15
-_EDGE = 1e-13  # of a segment: closer to its end lies rounding
+_EDGE = 1e-13  # of a segment: closer to an end that is not one of θ lies rounding
 _ROUNDS = 48
 _MAX_PANELS = 2048  # open at once: rounding, not the integrand, keeps them apart
 _NEWTON = 100
@@ -154,8 +157,8 @@ class VectorLoss:
         """
         if abs(self.cosine) == 1:
             return self._on_a_line(epsilon)
-        edges = self._edges(epsilon)
-        return self._adapt(epsilon, edges, *self._first_panels(epsilon, edges), ignore)
+        segments = self._segments(epsilon)
+        return self._adapt(epsilon, segments, *self._first_panels(epsilon, segments), ignore)
 
     def _glance(
         self, epsilon: float, ignore: float = -math.inf, panels: Panels | None = None
@@ -163,14 +166,14 @@ class VectorLoss:
         """The same unchecked, from the first panels of this ε or of one nearby."""
         if abs(self.cosine) == 1:
             return (*self._on_a_line(epsilon), None)
-        edges = self._edges(epsilon)
+        segments = self._segments(epsilon)
         if (
             panels is None
             or not 0.8 < epsilon / panels[0] < 1.25
-            or panels[3].max() != len(edges) - 2
+            or panels[3].max() != len(segments[0]) - 1
         ):
-            panels = (epsilon, *self._first_panels(epsilon, edges))
-        log_d, log_p = self._panel_sums(epsilon, edges, *panels[1:], 0, ignore)
+            panels = (epsilon, *self._first_panels(epsilon, segments))
+        log_d, log_p = self._panel_sums(epsilon, segments, *panels[1:], 0, ignore)
         return float(_logsumexp(log_d[None])[0]), float(_logsumexp(log_p[None])[0]), panels
 
     def _named(self) -> str:
@@ -189,19 +192,41 @@ class VectorLoss:
         )
         return float(log_d[0]), float(log_p[0])
 
-    def _edges(self, epsilon: float) -> Array:
-        """Ends of the segments in u = θ - θ₀, R(u = 0) = 0, between which all is analytic."""
-        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
-        start = math.atan2(self.cosine, sine)  # -θ₀
-        points = [1.0 / self.ratio]
+    @property
+    def _sine(self) -> float:
+        return math.sqrt((1 - self.cosine) * (1 + self.cosine))
+
+    def _ends(self, g: float) -> tuple[float, float]:
+        """Distances of R = ``g`` ν from R = 0 and from R = ∞, in θ, each precise when tiny."""
+        sine = self._sine
+        return math.atan2(g * sine, 1 - g * self.cosine), math.atan2(sine, g - self.cosine)
+
+    def _segments(self, epsilon: float) -> Segments:
+        """Pieces of θ on which all is analytic, cut at R = ν, half-way, too."""
+        points = [1.0, 1.0 / self.ratio]
         half = (self.in_features + 1 - self.rank) / 2
         if half:
             log_g = (epsilon - (self.rank - 1) * math.log(self.ratio)) / half
             log_g -= math.log(self.ratio)
             points.append(math.exp(min(log_g, 700.0)))
-        angles = [start + math.atan2(g - self.cosine, sine) for g in points]
-        end = start + math.pi / 2
-        return np.array(sorted({0.0, end, *(u for u in angles if 0 < u < end)}))
+        range_ = math.atan2(self._sine, -self.cosine)
+        ends = [(0.0, range_), *(self._ends(g) for g in sorted(set(points))), (range_, 0.0)]
+        outer: list[float] = []
+        width: list[float] = []
+        right: list[bool] = []
+        for (a, a_right), (b, b_right) in itertools.pairwise(ends):
+            upper = a >= a_right
+            outer.append(b_right if upper else a)
+            width.append(max(a_right - b_right if upper else b - a, 0.0))
+            right.append(upper)
+        return np.array(outer), np.array(width), np.array(right)
+
+    def _steps(self) -> list[float]:
+        """Steps of s; next to parallel, δ lies where j^r e^{-j²} is largest, at j = √(r/2)."""
+        steps = _STEPS.tolist()
+        while steps[-1] < 4 + math.sqrt(self.rank / 2):
+            steps.append(2 * steps[-1])
+        return steps
 
     def _crossings(self, epsilon: float) -> list[float]:
         """R at which the loss is ε for s = √(k-1) + j, about: between them E (1 - e^{ε-L})₊ grows.
@@ -210,45 +235,48 @@ class VectorLoss:
         node of wider panels would see.
         """
         k, c = self.in_features + self.rank - 1, (self.in_features + 1 - self.rank) / 2
-        target = epsilon - (self.rank - 1) * math.log(self.ratio) + k / 2
-
-        def excess(log_ratio: float) -> float:
-            return c * log_ratio + k / 2 * math.exp(min(-log_ratio, 700.0)) - target
-
-        least = math.log(k / (2 * c)) if c > 0 else 700.0
-        if excess(least) >= 0:
-            return []
+        target = epsilon - (self.rank - 1) * math.log(self.ratio)
         found: list[float] = []
-        for end in (-700.0, 700.0) if c > 0 else (-700.0,):
-            inside, outside = least, end
-            for _ in range(26 if excess(end) > 0 else 0):
-                middle = (inside + outside) / 2
-                inside, outside = (inside, middle) if excess(middle) > 0 else (middle, outside)
-            for j in _STEPS if end < 0 else -_STEPS:
-                square = max(math.sqrt(k - 1) + float(j), 0.1) ** 2
-                if end < 0:  # 1/R - 1 goes like 1/s²
-                    inverse = 1 + math.expm1(min(-inside, 700.0)) * k / square
-                    found += [1 / inverse] if inverse > 0 else []
-                else:  # c ln R - s²/2 is ε
-                    found.append(math.exp(min(inside + (square - k) / (2 * c), 700.0)))
+        for side in (-1, 1) if c > 0 else (-1,):
+            for j in self._steps():
+                square = max(math.sqrt(k - 1) - side * j, 0.1) ** 2
+                least = math.log(square / (2 * c)) if c > 0 else 700.0
+                inside, outside = least, side * 700.0
+
+                def excess(log_ratio: float, square: float = square) -> float:
+                    inverse = math.expm1(min(-log_ratio, 700.0))
+                    return c * log_ratio + square / 2 * inverse - target
+
+                if excess(inside) >= 0 or excess(outside) <= 0:
+                    continue
+                while abs(outside - inside) > 1e-3 * min(abs(inside), abs(outside), 1e3):
+                    middle = (inside + outside) / 2
+                    if middle in (inside, outside):
+                        break
+                    inside, outside = (inside, middle) if excess(middle) > 0 else (middle, outside)
+                found.append(math.exp(inside))
         return found
 
-    def _first_panels(self, epsilon: float, edges: Array) -> tuple[Array, Array, Index]:
-        """Left and right ends, as fractions of a segment, and the segment each panel lies in."""
-        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
-        start = math.atan2(self.cosine, sine)
+    def _first_panels(self, epsilon: float, segments: Segments) -> tuple[Array, Array, Index]:
+        """Ends, as fractions of a segment, and the segment each panel lies in."""
+        angle = math.atan2(self._sine, self.cosine)  # φ
         steps = np.arctan(_SCALES / math.sqrt(self.rank))
-        near = [
-            math.atan2(ratio / self.ratio - self.cosine, sine)
-            for ratio in self._crossings(epsilon)
-        ]
-        inner = np.unique(start + np.concatenate([-steps, [0.0], steps, near]))
+        theta = np.concatenate([-steps, [0.0], steps])
+        near = np.array([self._ends(g / self.ratio) for g in self._crossings(epsilon)])
+        near = near.reshape(-1, 2)
+        cuts = (
+            np.unique(np.concatenate([theta + math.pi / 2 - angle, near[:, 0]])),
+            np.unique(np.concatenate([math.pi / 2 - theta, near[:, 1]])),
+        )
         low: list[float] = []
         high: list[float] = []
         segment: list[int] = []
-        for i, (a, b) in enumerate(itertools.pairwise(edges.tolist())):
-            cuts = np.unique((inner - a) / (b - a))
-            points = [0.0, *cuts[(cuts > _EDGE) & (cuts < 1 - _EDGE)].tolist(), 1.0]
+        for i, (outer, width, right) in enumerate(zip(*segments, strict=True)):
+            if width == 0:
+                continue
+            inner = (cuts[int(right)] - outer) / width
+            kept = (inner > (_EDGE if outer else 0.0)) & (inner < 1 - _EDGE)
+            points = [0.0, *inner[kept].tolist(), 1.0]
             low += points[:-1]
             high += points[1:]
             segment += [i] * (len(points) - 1)
@@ -257,14 +285,14 @@ class VectorLoss:
     def _adapt(
         self,
         epsilon: float,
-        edges: Array,
+        segments: Segments,
         low: Array,
         high: Array,
         segment: Index,
         ignore: float,
     ) -> tuple[float, float]:
         """Halve panels until they agree with what they were before."""
-        log_d, _ = self._panel_sums(epsilon, edges, low, high, segment, 0, ignore)
+        log_d, _ = self._panel_sums(epsilon, segments, low, high, segment, 0, ignore)
         ignore = max(ignore, float(_logsumexp(log_d[None])[0]) - _IGNORED)
         settled_d: list[Array] = []
         settled_p: list[Array] = []
@@ -274,7 +302,7 @@ class VectorLoss:
                 middle = (low + high) / 2
                 low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
                 segment = np.concatenate([segment, segment])
-            fine_d, fine_p = self._panel_sums(epsilon, edges, low, high, segment, turn, ignore)
+            fine_d, fine_p = self._panel_sums(epsilon, segments, low, high, segment, turn, ignore)
             whole = fine_d if turn == 1 else np.logaddexp(fine_d[:n], fine_d[n:])
             total = float(_logsumexp(np.concatenate([*settled_d, fine_d])[None])[0])
             if total == -math.inf:
@@ -298,7 +326,7 @@ class VectorLoss:
     def _panel_sums(
         self,
         epsilon: float,
-        edges: Array,
+        segments: Segments,
         low: Array,
         high: Array,
         segment: Index,
@@ -308,32 +336,37 @@ class VectorLoss:
         """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over each panel; ``turn`` picks the inner rule."""
         if not low.size:
             return np.zeros(0), np.zeros(0)
-        left, width = edges[segment], edges[segment + 1] - edges[segment]
+        outer, width, right = (part[segment] for part in segments)
         half = 0.5 * (high - low) * width
         nodes, weights = _OUTER[turn % 2]
-        u = (left + low * width)[:, None] + half[:, None] * (1 + nodes)
-        log_d, log_p = self._integrand(epsilon, u.ravel(), turn, ignore)
+        x = (outer + low * width)[:, None] + half[:, None] * (1 + nodes)
+        upper = np.repeat(right, len(nodes))
+        log_d, log_p = self._integrand(epsilon, x.ravel(), upper, turn, ignore)
         weight = np.log(half)[:, None] + np.log(weights)
         return (
-            _logsumexp(log_d.reshape(u.shape) + weight),
-            _logsumexp(log_p.reshape(u.shape) + weight),
+            _logsumexp(log_d.reshape(x.shape) + weight),
+            _logsumexp(log_p.reshape(x.shape) + weight),
         )
 
     def _integrand(
-        self, epsilon: float, u: Array, turn: int, ignore: float
+        self, epsilon: float, x: Array, right: Flags, turn: int, ignore: float
     ) -> tuple[Array, Array]:
-        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
-        # θ = u - arcsin ρ, without the rounding of a difference where cos θ is tiny.
-        sin_theta = sine * np.sin(u) - self.cosine * np.cos(u)
-        cos_theta = np.maximum(sine * np.cos(u) + self.cosine * np.sin(u), 1e-18)
-        # Near R = 0 and near R = 1 each form keeps its relative precision.
-        ratio = self.ratio * np.sin(u) / cos_theta
-        excess = (self.ratio * (self.cosine - 1) + (self.ratio - 1)) + (
-            self.ratio * sine * sin_theta / cos_theta
-        )
-        log_weight = np.full(u.shape, self._log_angle)
+        """At distance ``x`` from R = 0, where θ = φ - π/2, or where ``right`` from θ = π/2.
+
+        Both cos(θ-φ) and cos θ are then sines of ``x`` and of ``x`` + φ: no digit is lost, however
+        close to an end a small φ puts the mass.
+        """
+        angle, range_ = math.atan2(self._sine, self.cosine), math.atan2(self._sine, -self.cosine)
+        outer, other = np.sin(x), np.sin(x + angle if self.cosine > 0 else range_ - x)
+        cos_theta = np.maximum(np.where(right, outer, other), 1e-150)
+        ratio = self.ratio * np.where(right, other, outer) / cos_theta
+        # R/ν - 1 = ±2 sin(φ/2) cos(x + φ/2) / cos θ keeps its relative precision.
+        change = math.sqrt(2 * (1 - self.cosine)) * np.sin(range_ / 2 - x) / cos_theta
+        excess = self.ratio * np.where(right, change, -change) + (self.ratio - 1)
+        log_weight = np.full(x.shape, self._log_angle)
         if self.rank > 1:
             # log cos θ, from whichever of sin and cos is the smaller one.
+            sin_theta = np.cos(np.where(right, x, x + angle))
             square = np.minimum(np.square(sin_theta), 0.6)
             log_cos = np.where(cos_theta < 0.7, np.log(cos_theta), 0.5 * np.log1p(-square))
             log_weight += (self.rank - 1) * log_cos

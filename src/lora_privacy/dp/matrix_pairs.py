@@ -8,7 +8,7 @@ are in docs/theory/projection-pairs.md.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,7 @@ Array = npt.NDArray[np.float64]
 _EPS = float(np.finfo(np.float64).eps)
 _PAIR_REFERENCES = ("p2-projections-2026",)
 _SKETCH_REFERENCES = ("gil-renyi-2013", "canonne-discrete-2020")
-_RANK_ONE = (
-    "the product of the first matrix, transposed, with its projection is symmetric with "
-    "probability 1, and with the projection of the other matrix with probability 0"
-)
+_ELSE_INFINITE = "in exact arithmetic another pair has ε = ∞"
 
 
 def matrix_projection(
@@ -45,7 +42,9 @@ def matrix_projection(
     The event that VᵀY is symmetric has probability 1 under V and 0 under V', at every rank. The
     exceptions are V' = cV, and V = v aᵀ with V' = v' aᵀ, which is the vector mechanism. For
     V' = cV, c > 0, the loss is (K/2) ln c + (Q/2)(1/c - 1) with Q ~ χ²_K,
-    K = q(m + rank - q), q = min(rank of V, rank).
+    K = q(m + rank - q), q = min(rank of V, rank). A tiny singular value may be rounding or not:
+    V counts as of full rank but for rows and columns that are exactly 0, which gives the larger ε.
+    A pair within ``tolerance`` of an exception is treated as one, and ``pair`` says so.
 
     Args:
         v: V, shape (m, n); for LoRA with a frozen A it is the transposed gradient.
@@ -90,6 +89,7 @@ def matrix_projection(
     if not first.any() or not second.any():
         reason = "one matrix is zero and the other is not, and so are their projections"
         return found(inf, inf, event, shape, reason)
+    copies = first, second
     # Squares of scaled entries neither overflow nor vanish.
     scales = float(np.abs(first).max()), float(np.abs(second).max())
     first, second = first / scales[0], second / scales[1]
@@ -101,14 +101,19 @@ def matrix_projection(
                 "trace under one and a negative trace under the other"
             )
             return found(inf, inf, event, shape, reason)
-        q = min(int(np.linalg.matrix_rank(first)), rank)
+        q = min(max(_most_rank(copy) for copy in copies), rank)
         ratio = factor * scales[1] / scales[0]
         both = [
             VectorLoss(q * (m + rank - q), 1, 1.0, c).epsilon(float(delta))
             for c in (ratio, 1 / ratio)
         ]
         pair = f"{shape}, the second {ratio!r} times the first"
-        return found(both[0], both[1], "exact profile", pair)
+        # A product with a power of two is not rounded; any other may be.
+        if math.frexp(ratio)[0] == 0.5 and np.array_equal(copies[1], ratio * copies[0]):
+            return found(both[0], both[1], "exact profile", pair)
+        pair += f", treated as proportional within a relative tolerance of {tolerance:g}; "
+        pair += _ELSE_INFINITE if n > 1 else "in exact arithmetic another pair has another ε"
+        return found(both[0], both[1], "exact profile, of a pair treated as proportional", pair)
     right = first[np.argmax(np.einsum("ij,ij->i", first, first))]
     right = right / np.linalg.norm(right)  # a, if V = v aᵀ
     v1, v2 = first @ right, second @ right
@@ -119,7 +124,15 @@ def matrix_projection(
         norms = float(np.linalg.norm(v1)), float(np.linalg.norm(v2))
         cosine = float(np.clip(v1 @ v2 / (norms[0] * norms[1]), -1, 1))
         ratio = norms[1] / norms[0] * (scales[1] / scales[0])
-        return VectorProjection(m, rank, cosine, ratio).epsilon(delta)
+        vectors = VectorProjection(m, rank, cosine, ratio).epsilon(delta)
+        if n == 1:
+            return vectors
+        return replace(
+            vectors,
+            method="exact profile, of a pair treated as of rank one",
+            pair=f"{vectors.pair}; matrices of {n} columns, treated as v aᵀ and v' aᵀ within a "
+            f"relative tolerance of {tolerance:g}; {_ELSE_INFINITE}",
+        )
     reason = (
         "the product of V, transposed, with the output is symmetric with probability 1 under V "
         "and with probability 0 under V', at every rank"
@@ -127,12 +140,19 @@ def matrix_projection(
     return found(inf, inf, event, shape, reason)
 
 
+def _most_rank(matrix: Array) -> int:
+    """The largest rank that rounding leaves possible: at most the rows and columns not zero."""
+    return min(int(np.count_nonzero(matrix.any(axis=axis))) for axis in (0, 1))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SketchRelease:
     """One pair of gradients when ``G Aᵀ`` is released, and A and the weights never are.
 
     The columns of ``G Aᵀ`` are i.i.d. N(0, GGᵀ/rank). Nothing here holds once ``A`` or
-    ``W + BA`` is published: see ``matrix_projection``.
+    ``W + BA`` is published: see ``matrix_projection``. Column spaces that differ by no more than
+    rounding, about 1e-15 times the larger side, count as equal; where in exact arithmetic they
+    differ, ε = ∞. The result's ``pair`` names the tolerance.
 
     Args:
         gradient: G, shape (out_features, in_features), not all zero; copied.
@@ -198,13 +218,19 @@ class SketchRelease:
             reason = "the column spaces of the gradients differ, so some direction of the sketch "
             reason += "is 0 surely for one and not for the other"
         n, m = self.gradient.shape
+        pair = f"gradients of shape {n} × {m}, sketched at rank {self.rank}"
+        same = np.array_equal(self.gradient, self.gradient_prime)
+        if self._ratios is not None and len(self._ratios) < n and not same:
+            rtol = _range_rtol(n, m)
+            pair += f", column spaces treated as equal within a relative tolerance of {rtol:.2g}; "
+            pair += _ELSE_INFINITE
         return PairDivergence(
             epsilon=max(both),
             forward=both[0],
             backward=both[1],
             delta=float(delta),
             method="upper bound from Rényi divergences",
-            pair=f"gradients of shape {n} × {m}, sketched at rank {self.rank}",
+            pair=pair,
             references=_SKETCH_REFERENCES,
             reason=reason,
         )
@@ -253,13 +279,18 @@ def _variance_ratios(first: Array, second: Array) -> Array | None:
     q = int(np.sum(values > rounding * values[0]))
     left, values = left[:, :q], values[:q]
     inner = left.T @ second
-    if np.linalg.norm(second - left @ inner) > 8 * rounding * np.linalg.norm(second):
+    if np.linalg.norm(second - left @ inner) > _range_rtol(*first.shape) * np.linalg.norm(second):
         return None
     others = np.linalg.svd(second, compute_uv=False)
     if int(np.sum(others > rounding * others[0])) != q:
         return None
     ratios = np.linalg.svd(inner / values[:, None], compute_uv=False)
     return np.square(ratios * (scales[1] / scales[0]))
+
+
+def _range_rtol(rows: int, columns: int) -> float:
+    """Relative part of a gradient outside the other's range that passes for rounding."""
+    return 8 * max(rows, columns) * _EPS
 
 
 def checked_matrices(
