@@ -291,7 +291,7 @@ def test_another_hook_runs_after_the_accounting_one() -> None:
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("empty", [RdpAccountant()])
+@pytest.mark.parametrize("empty", [RdpAccountant(), PldAccountant()])
 def test_the_bound_says_what_the_hook_cannot_see(empty: RdpAccountant | PldAccountant) -> None:
     """Neither the loader nor which batch a step was taken on; sampled projections the same."""
     event = ProjectedGaussian(layers=((6, 2),), noise_multiplier=1.5, sample_rate=RATE)

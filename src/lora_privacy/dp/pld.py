@@ -222,7 +222,9 @@ class PldAccountant:
         assumptions = ["each record's contribution to a release has norm at most the clip norm"]
         references = list(_CLOSED if method == "gdp" else _GRID)
         if any(isinstance(event, SampledGaussian) for event, _ in self.events):
-            assumptions.append("batches are Poisson samples that stay secret")
+            assumptions.append(
+                "each release has its own Poisson sample, independent of all others and secret"
+            )
         assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
         for event, _ in self.events:
             if isinstance(event, ProfiledEvent):
