@@ -211,9 +211,7 @@ class VectorLoss:
             points.append(math.exp(min(log_g, 700.0)))
         range_ = math.atan2(self._sine, -self.cosine)
         ends = [(0.0, range_), *(self._ends(g) for g in sorted(set(points))), (range_, 0.0)]
-        outer: list[float] = []
-        width: list[float] = []
-        right: list[bool] = []
+        outer, width, right = list[float](), list[float](), list[bool]()
         for (a, a_right), (b, b_right) in itertools.pairwise(ends):
             upper = a >= a_right
             outer.append(b_right if upper else a)
@@ -229,10 +227,9 @@ class VectorLoss:
         return steps
 
     def _crossings(self, epsilon: float) -> list[float]:
-        """R at which the loss is ε for s = √(k-1) + j, about: between them E (1 - e^{ε-L})₊ grows.
+        """R within .1 % of where the loss is ε for some s: between them E (1 - e^{ε-L})₊ grows.
 
-        Outside of them it is 0 or 1 to e^-34. Next to R = 0 or ∞ they may lie in a sliver that no
-        node of wider panels would see.
+        Next to R = 0 or ∞ they may lie in a sliver that no node of wider panels would see.
         """
         k, c = self.in_features + self.rank - 1, (self.in_features + 1 - self.rank) / 2
         target = epsilon - (self.rank - 1) * math.log(self.ratio)
@@ -244,15 +241,13 @@ class VectorLoss:
                 inside, outside = least, side * 700.0
 
                 def excess(log_ratio: float, square: float = square) -> float:
-                    inverse = math.expm1(min(-log_ratio, 700.0))
-                    return c * log_ratio + square / 2 * inverse - target
+                    rest = square / 2 * math.expm1(min(-log_ratio, 700.0))
+                    return c * log_ratio + rest - target
 
                 if excess(inside) >= 0 or excess(outside) <= 0:
                     continue
-                while abs(outside - inside) > 1e-3 * min(abs(inside), abs(outside), 1e3):
+                while abs(outside - inside) > max(1e-3 * min(abs(inside), abs(outside)), 1e-15):
                     middle = (inside + outside) / 2
-                    if middle in (inside, outside):
-                        break
                     inside, outside = (inside, middle) if excess(middle) > 0 else (middle, outside)
                 found.append(math.exp(inside))
         return found
@@ -262,15 +257,13 @@ class VectorLoss:
         angle = math.atan2(self._sine, self.cosine)  # φ
         steps = np.arctan(_SCALES / math.sqrt(self.rank))
         theta = np.concatenate([-steps, [0.0], steps])
-        near = np.array([self._ends(g / self.ratio) for g in self._crossings(epsilon)])
-        near = near.reshape(-1, 2)
+        ends = [self._ends(g / self.ratio) for g in self._crossings(epsilon)]
+        near = np.array(ends).reshape(-1, 2)
         cuts = (
             np.unique(np.concatenate([theta + math.pi / 2 - angle, near[:, 0]])),
             np.unique(np.concatenate([math.pi / 2 - theta, near[:, 1]])),
         )
-        low: list[float] = []
-        high: list[float] = []
-        segment: list[int] = []
+        low, high, segment = list[float](), list[float](), list[int]()
         for i, (outer, width, right) in enumerate(zip(*segments, strict=True)):
             if width == 0:
                 continue
@@ -336,7 +329,7 @@ class VectorLoss:
         """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over each panel; ``turn`` picks the inner rule."""
         if not low.size:
             return np.zeros(0), np.zeros(0)
-        outer, width, right = (part[segment] for part in segments)
+        outer, width, right = segments[0][segment], segments[1][segment], segments[2][segment]
         half = 0.5 * (high - low) * width
         nodes, weights = _OUTER[turn % 2]
         x = (outer + low * width)[:, None] + half[:, None] * (1 + nodes)
