@@ -179,8 +179,9 @@ def test_mixed_ledger_equals_opacus() -> None:
 def test_plain_gaussian_is_sound(z: float, count: int, log_delta: float, replace: bool) -> None:
     """Oracle: exact δ of the composed Gaussian at 60 digits; at the returned ε it is at most δ.
 
-    The RDP bound is loose, by less than a factor of 2 of ε here, and that is asserted too, so a
-    bound that is merely huge fails. The same for ``delta``.
+    The RDP bound is loose, by less than a factor of 2 of ε where δ is at most half of δ(0), and
+    that is asserted too, so a bound that is merely huge fails; next to δ(0), where the true ε
+    vanishes, it loses any factor. The same for ``delta``.
     """
     accountant = RdpAccountant("replace" if replace else "add-remove")
     accountant = accountant.compose(GaussianEvent(z), count)
@@ -188,7 +189,7 @@ def test_plain_gaussian_is_sound(z: float, count: int, log_delta: float, replace
     delta = math.exp(log_delta)
     epsilon = accountant.epsilon(delta).epsilon
     assert gaussian_delta(mu, epsilon) <= delta
-    if epsilon > 0.01:
+    if epsilon > 0.01 and gaussian_delta(mu, 0.0) > 2 * delta:
         assert gaussian_delta(mu, epsilon / 2 - 0.01) > delta
     assert gaussian_delta(mu, epsilon) <= accountant.delta(epsilon).delta <= delta * (1 + 1e-6)
 

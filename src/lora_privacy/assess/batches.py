@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -71,13 +71,13 @@ class TokenisedDataset:
                 if second
                 else list(data.texts)
             )
-            texts = [text + tokenizer.eos_token for text in texts]
+            texts = [f"{text}{tokenizer.eos_token}" for text in texts]
             encoded = tokenizer(texts, truncation=True, max_length=max_length)
         else:
             encoded = tokenizer(list(data.texts), second, truncation=True, max_length=max_length)
         self._tokens = [torch.tensor(row) for row in encoded["input_ids"]]
         self._labels = None if causal else torch.tensor(data.labels)
-        self._pad = int(tokenizer.pad_token_id)
+        self._pad = cast("int", tokenizer.pad_token_id)
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -267,7 +267,8 @@ class VectorLoss:
         for i, (outer, width, right) in enumerate(zip(*segments, strict=True)):
             if width == 0:
                 continue
-            inner = (cuts[int(right)] - outer) / width
+            with np.errstate(over="ignore"):  # a sliver of 1e-308 has all cuts outside
+                inner = (cuts[int(right)] - outer) / width
             kept = (inner > (_EDGE if outer else 0.0)) & (inner < 1 - _EDGE)
             points = [0.0, *inner[kept].tolist(), 1.0]
             low += points[:-1]

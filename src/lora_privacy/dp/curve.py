@@ -25,6 +25,8 @@ __all__ = ["PrivacyCurve", "privacy_curve"]
 
 Array = npt.NDArray[np.float64]
 
+_TINY = 5e-324  # the least positive rate
+
 _REFERENCE = "kairouz-composition-2015"
 _POINTS = 65
 _RTOL = 1e-12  # of ε: more than rounding moves a point of a grid
@@ -93,7 +95,7 @@ class PrivacyCurve:
         best = np.zeros(rates.shape)
         for epsilon, delta in self._pairs():
             # e^ε α with α = 0 must stay 0 where e^ε overflows.
-            scaled = np.exp(np.minimum(epsilon + np.log(np.maximum(rates, 1e-300)), 700.0))
+            scaled = np.exp(np.minimum(epsilon + np.log(np.maximum(rates, _TINY)), 700.0))
             first = 1 - delta - np.where(rates > 0, scaled, 0.0)
             best = np.maximum(best, np.maximum(first, math.exp(-epsilon) * (1 - delta - rates)))
         # Rounded down: three operations on numbers of size 1.
