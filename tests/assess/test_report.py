@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from example_assessment import example_assessment
 
 from lora_privacy.assess import plots, tables
 from lora_privacy.assess.readings import privacy_readings
@@ -40,6 +41,11 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+
+
+@pytest.fixture
+def assessment() -> Assessment:
+    return example_assessment()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import math
 
-import pytest
-
 from lora_privacy.assess.config import AssessConfig
 from lora_privacy.assess.dynamics import LayerDynamics
 from lora_privacy.assess.measure import EntryCheck, LayerNoise
@@ -52,8 +50,7 @@ def make_layer(name: str, **changes: object) -> LayerNoise:
     return LayerNoise(**{**values, **changes})
 
 
-@pytest.fixture
-def assessment() -> Assessment:
+def example_assessment() -> Assessment:
     """Two methods, two layers, hostile names, an infinite ε."""
     config = AssessConfig(methods=("lora", "flora"), epochs=2)
     names = ("encoder.layer.0.query", "encoder.layer.1.value")
