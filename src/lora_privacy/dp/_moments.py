@@ -66,28 +66,47 @@ def _sum(z: Array, p: float, orders: Array) -> Array:
     if len(orders) > chunk:
         parts = range(0, len(orders), chunk)
         return np.concatenate([_sum(z[i : i + chunk], p, orders[i : i + chunk]) for i in parts])
-    alpha = orders.astype(np.int64)[:, None]
+    alpha = orders.astype(np.int64)
     k = np.arange(2, int(alpha.max()) + 1)
-    rest = alpha - k
     exponent = k * (k - 1.0) * (0.5 / z / z)[:, None]
     # log expm1(x) = x + log(-expm1(-x)), which neither overflows nor cancels.
     log_expm1 = exponent + np.log(-np.expm1(-exponent))
-    log_p, log_not_p = math.log(p), math.log1p(-p)
+    log_excess = log_binomial_sum(alpha, p, log_expm1, _LOG_FACTORIAL)
+    # Each term is off by a few eps of its largest summand.
+    largest = orders * (orders - 1) * (0.5 / z / z) - orders * (math.log(p) + math.log1p(-p))
+    slack = _EPS * (16 + 8 * (largest + _LOG_FACTORIAL[alpha]))
+    return np.logaddexp(0.0, log_excess + slack)
+
+
+def log_binomial_sum(
+    orders: npt.NDArray[np.int64], p: float, log_moments: Array, log_factorial: Array
+) -> Array:
+    """Log of Σ_{2≤k≤α} C(α,k) (1-p)^{α-k} p^k M_k for each order α, rounded to nearest.
+
+    Args:
+        orders: α >= 2, shape (rows,).
+        p: Sampling rate, in (0, 1).
+        log_moments: log M_k for k = 2 … max α in the last axis; one row for all, or a row each.
+            Where one within the sum is ``inf``, so is the sum.
+        log_factorial: log n! at index n, up to max α.
+    """
+    k = np.arange(2, int(orders.max()) + 1)
+    alpha = orders[:, None]
+    rest = alpha - k
     terms = (
-        _LOG_FACTORIAL[alpha]
-        - _LOG_FACTORIAL[k]
-        - _LOG_FACTORIAL[np.maximum(rest, 0)]
-        + k * log_p
-        + rest * log_not_p
-        + log_expm1
+        log_factorial[alpha]
+        - log_factorial[k]
+        - log_factorial[np.maximum(rest, 0)]
+        + k * math.log(p)
+        + rest * math.log1p(-p)
+        + log_moments
     )
     terms = np.where(rest >= 0, terms, -np.inf)
     peak = terms.max(axis=1)
-    log_excess = peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))
-    # Each term is off by a few eps of its largest summand.
-    largest = orders * (orders - 1) * (0.5 / z / z) - orders * (log_p + log_not_p)
-    slack = _EPS * (16 + 8 * (largest + _LOG_FACTORIAL[alpha[:, 0]]))
-    return np.logaddexp(0.0, log_excess + slack)
+    known = peak < np.inf
+    terms, peak = np.where(known[:, None], terms, 0.0), np.where(known, peak, 0.0)
+    value = peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))
+    return np.where(known, value, np.inf)
 
 
 def _integrate(z: Array, p: float, orders: Array) -> Array:

@@ -102,28 +102,13 @@ def _binomial_sum(table: Array, p: float, orders: npt.NDArray[np.int64]) -> Arra
         return np.concatenate(
             [_binomial_sum(table, p, orders[:half]), _binomial_sum(table, p, orders[half:])]
         )
-    k = np.arange(2, top + 1)
-    alpha = orders[:, None]
-    rest = alpha - k
     log_factorial = special.gammaln(np.arange(1.0, top + 2))
-    log_p, log_not_p = math.log(p), math.log1p(-p)
-    terms = (
-        log_factorial[alpha]
-        - log_factorial[k]
-        - log_factorial[np.maximum(rest, 0)]
-        + k * log_p
-        + rest * log_not_p
-        + table[k]
-    )
-    terms = np.where(rest >= 0, terms, -np.inf)
-    peak = terms.max(axis=1)
-    known = peak < np.inf  # else an argument overflowed, and A is inf
-    terms, peak = np.where(known[:, None], terms, 0.0), np.where(known, peak, 0.0)
-    value = peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))
+    # It is inf where an argument overflowed.
+    value = _moments.log_binomial_sum(orders, p, table[2 : top + 1], log_factorial)
     # Each term is off by a few eps of its largest summand.
-    largest = np.abs(table[orders]) + log_factorial[orders] - orders * (log_p + log_not_p)
-    value = value + _EPS * (16 + 8 * (np.abs(table[2]) + largest))
-    return np.where(known, np.logaddexp(0.0, value), np.inf)
+    log_weights = orders * (math.log(p) + math.log1p(-p))
+    largest = np.abs(table[orders]) + log_factorial[orders] - log_weights
+    return np.logaddexp(0.0, value + _EPS * (16 + 8 * (np.abs(table[2]) + largest)))
 
 
 def _table(features: int, rank: int, z: float, top: int) -> Array:
