@@ -18,6 +18,7 @@ from lora_privacy.assess.config import AssessConfig
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"delta": 1.0}, r"delta must lie in \(0, 1\)"),
         ({"distortion": 0.0}, r"distortion must lie in \(0, 1\)"),
+        ({"noise_draws": 1}, "noise_draws must be at least 2"),
         ({"last_layers": 0}, "last_layers must be at least 1"),
         ({"alpha": -1.0}, "alpha must be positive"),
     ],

@@ -93,12 +93,13 @@ class AssessConfig:
             _validate.choice("methods", method, METHODS)
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods names one twice: {', '.join(self.methods)}.")
-        for name in ("rank", "epochs", "batch_size", "probe_every", "noise_draws"):
+        for name in ("rank", "epochs", "batch_size", "probe_every"):
             _validate.integer(name, getattr(self, name), 1)
         for name in ("train_size", "dev_size", "last_layers"):
             if getattr(self, name) is not None:
                 _validate.integer(name, getattr(self, name), 1)
         _validate.integer("max_length", self.max_length, 2)
+        _validate.integer("noise_draws", self.noise_draws, 2, "One draw has no spread.")
         _validate.integer("seed", self.seed, 0)
         _validate.integer("dynamics_steps", self.dynamics_steps, 0)
         _validate.positive("learning_rate", self.learning_rate)

@@ -196,7 +196,7 @@ class NoiseMeter:
             joint_tv=joint_tv_to_gaussian(
                 adapter.rank, adapter.in_features, covariance="published"
             ).value,
-            matrix_tv=matrix_tv_to_gaussian(gradient, adapter.rank).value,
+            matrix_tv=matrix_tv_to_gaussian(gradient, adapter.rank, covariance="published").value,
         )
 
     def _fresh(

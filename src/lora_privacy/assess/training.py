@@ -144,7 +144,7 @@ def fine_tune(
     losses: list[float] = []
     scores: list[Score] = []
     wall = cpu = 0.0
-    _reset__peak_memory()
+    _reset_peak_memory()
     bar = tqdm(total=config.epochs * per_epoch, desc=f"{method}: training", unit="step")
     with bar, GradientProbe(model, every=config.probe_every) as probe:
         for _ in range(config.epochs):
@@ -215,8 +215,8 @@ def _peak_memory() -> int | None:
     return None
 
 
-def _reset__peak_memory() -> None:
-    """Linux starts the high-water mark anew when 5 is written here; elsewhere it keeps rising."""
+def _reset_peak_memory() -> None:
+    """Linux starts the high-water mark anew when 5 is written here; elsewhere there is none."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
