@@ -205,6 +205,53 @@ def test_epsilon_inverts_delta(pair: tuple[int, int, float, float], delta: float
             assert law.delta(epsilon * (1 - 1e-6), direction) > delta * (1 - 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("pair", "delta"),
+    [
+        ((5, 3, 0.95, 1.0), 1e-2),
+        ((20, 10, 0.99, 1.05), 1e-5),
+        ((768, 8, 0.999, 1.1), 1e-5),
+        ((2, 400, 0.9999, 0.8), 1e-3),
+        ((53_248, 4096, 0.9999, 1.0), 1e-5),
+    ],
+)
+@pytest.mark.parametrize("blind", [False, True])
+def test_epsilon_is_confirmed_from_new_panels(
+    monkeypatch: pytest.MonkeyPatch,
+    pair: tuple[int, int, float, float],
+    delta: float,
+    blind: bool,
+) -> None:
+    """δ at the result is (1 - 3e-10) to (1 - 1e-10) of the target, give or take 3e-11.
+
+    The search ends with panels of an ε nearby; ``delta`` has none. Nor does the result depend on
+    the coarse nodes: where they see nothing, finer ones go on.
+    """
+    if blind:
+        nothing = np.zeros(1), np.zeros(1)  # one node, of weight 0
+        monkeypatch.setattr(_vector_loss, "_COARSE", _vector_loss.Rule(nothing, nothing, 15.0))
+    law = VectorProjection(*pair)
+    found = law.epsilon(delta)
+    assert -3.3e-10 < law.delta(found.forward, "forward") / delta - 1 < -0.7e-10
+    assert -3.3e-10 < law.delta(found.backward, "backward") / delta - 1 < -0.7e-10
+
+
+@pytest.mark.parametrize("excess", [2e-10, 1e-9, 1e-8, 1e-7])
+@pytest.mark.parametrize(
+    "pair",
+    [(23_316, 1, 0.9457), (5501, 2, -0.2256, 1.015), (2762, 21, 0.9), (25_581, 1220, 0.002)],
+)
+def test_the_search_ends_next_to_the_floor(
+    pair: tuple[int, int, float] | tuple[int, int, float, float], excess: float
+) -> None:
+    """Where log(δ - floor) may be anything in a wide window and ε is of order 1e10."""
+    law = VectorProjection(*pair)
+    delta = law.floor * (1 + excess)
+    found = law.epsilon(delta)
+    assert found.epsilon < math.inf
+    assert law.floor < law.delta(found.epsilon) < delta
+
+
 @pytest.mark.parametrize(("m", "r"), [(768, 8), (1, 3), (4, 40)])
 def test_parallel_inputs(m: int, r: int) -> None:
     """Equal inputs cost nothing, v' = -v is told surely, v' = 2v is a difference of χ² tails."""

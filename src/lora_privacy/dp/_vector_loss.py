@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,6 @@ from lora_privacy.errors import ConvergenceError
 
 Array = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
-Panels = tuple[float, Array, Array, Index]
-"""Their ε; both ends, as fractions of a segment, and the segment each one lies in."""
 Flags = npt.NDArray[np.bool_]
 Segments = tuple[Array, Array, Flags]
 """Distance of each from its end of θ, width, and whether that end is the right one, R = ∞."""
@@ -34,24 +33,54 @@ Segments = tuple[Array, Array, Flags]
 RTOL = 1e-10
 """Relative error of δ; every value is checked against halved panels and another inner rule."""
 
+_TINY = np.finfo(np.float64).tiny
 _DROP = 30.0  # e-folds below its peak where an integrand is cut; e^-30 ≈ 1e-13
+_IGNORED = 4.0  # e-folds more below the result at which a node is skipped; π e^-34 ≈ 5e-15
 _AGREEMENT = 2e-11  # of the halved panels; the finer sum, far more accurate, is returned
-_IGNORED = 34.0  # e-folds below the result at which a node is skipped; π e^-34 ≈ 5e-15
 _EDGE = 1e-13  # of a segment: closer to an end that is not one of θ lies rounding
 _ROUNDS = 48
 _MAX_PANELS = 2048  # open at once: rounding, not the integrand, keeps them apart
 _NEWTON = 100
 _MAX_FACTOR = 8.0  # of one Newton step in ε
-_CLOSE = 1e-5  # of log δ: one more Newton step squares it
+_CLOSE = (3e-2, 3e-5)  # of log δ, where coarse nodes, then fine ones, make way; a step squares it
+_COARSE_TURNS = 10  # the most for coarse nodes, which may jump over what they look for
 _STEEP = 3.0  # -d log δ / d log ε beyond which δ falls like a normal tail, not like a power
+
+
+class Rule(NamedTuple):
+    """Nodes of both integrals, and e-folds below its peak where the inner integrand is cut."""
+
+    inner: tuple[Array, Array]
+    outer: tuple[Array, Array]
+    drop: float
+
+
 # Two rules for each integral, used in turn, so that each check is one of both integrals.
-_INNER = tuple(np.polynomial.legendre.leggauss(n) for n in (34, 42))
-_OUTER = tuple(np.polynomial.legendre.leggauss(n) for n in (12, 17))
+_RULES = (
+    Rule(np.polynomial.legendre.leggauss(34), np.polynomial.legendre.leggauss(12), _DROP),
+    Rule(np.polynomial.legendre.leggauss(42), np.polynomial.legendre.leggauss(17), _DROP),
+)
+# Usually right to 1e-6 in half the time, for the start of a search. It returns nothing.
+_COARSE = Rule(np.polynomial.legendre.leggauss(12), np.polynomial.legendre.leggauss(6), 15.0)
 _FINE, _FINE_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(96))
 # Panels before any refinement: powers of two of the scale 1/√r of θ.
-_SCALES = np.exp2(np.arange(0.0, 6.0))
-# Steps of s, whose law has a standard deviation of .7, where panels are cut.
-_STEPS = np.array([-4.0, -1.5, 0.0, 1.5, 4.0, 8.5])
+_SCALES = tuple(2.0**i for i in range(6))
+# Steps of s, whose law has a standard deviation of .7, where panels are cut, to ``_SAME``.
+_STEPS = (-4.0, -1.5, 0.0, 1.5, 4.0, 8.5)
+_SAME = 1e-3  # relative: panels made for an ε this close are panels of this ε
+_NEARBY = 0.25  # the same for coarse nodes
+_CIRCLE = np.exp(2j * math.pi * np.arange(12) / 12)  # directions in which a guess looks
+
+
+class Panels(NamedTuple):
+    """Pieces of the segments of one ε, as fractions of them, of use for an ε nearby too."""
+
+    epsilon: float
+    live: list[bool]
+    """Whether each segment has a width, and so at least one panel."""
+    low: Array
+    high: Array
+    segment: Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,83 +127,106 @@ class VectorLoss:
         gap = 1 - floor / delta - 3 * RTOL
         least = math.log(delta) + math.log(gap) if gap > 0 else -math.inf
         aim = (goal + least) / 2 if gap > 0 else goal - math.log(2)
-        low, high = 0.0, math.inf
-        epsilon, checked, zero, panels = self._guess(delta), False, False, None
+        low, high, stage, zero, panels, last = 0.0, math.inf, 0, False, None, None
+        epsilon = self._guess(delta)
         for turn in range(_NEWTON):
-            if checked:
-                value, above = self._resolved(epsilon, goal - _IGNORED)
+            if stage == len(_CLOSE):
+                value, above = self._resolved(epsilon, goal, panels)
                 if least <= value <= goal:
                     return epsilon
             else:
-                value, above, panels = self._glance(epsilon, goal - _IGNORED, panels)
-            if value <= goal and not zero and (turn == 0 or epsilon < 1e-6):
+                rule = _RULES[0] if stage else _COARSE
+                value, above, panels = self._glance(epsilon, goal, panels, rule)
+            slope = math.expm1(min(above - value, 700.0)) if above > value > -math.inf else 0.0
+            guess = _newton(epsilon, value, slope, aim, last)
+            last = (value, slope) if slope else None
+            if guess < epsilon / 4 and not zero:
                 zero = True  # δ(0) may be low enough
-                if self._glance(0.0)[0] <= goal + 1e-6 and self._resolved(0.0)[0] <= goal:
+                at_zero = self._glance(0.0, goal)[0]
+                if at_zero <= goal + 1e-6 and self._resolved(0.0, goal)[0] <= goal:
                     return 0.0
-            if not checked and abs(value - aim) < _CLOSE:
-                checked, low, high = True, 0.0, math.inf
+            # Coarse nodes, fine ones, checked values; what the former bound, the next may not.
+            lost = stage == 0 and turn == _COARSE_TURNS
+            if stage < len(_CLOSE) and (lost or abs(value - aim) < _CLOSE[stage]):
+                stage, low, high = stage + 1, 0.0, math.inf
             else:
-                low, high = (epsilon, high) if value > goal else (low, epsilon)
-            guess = self._newton(epsilon, value, above, aim)
-            epsilon = guess if low < guess < high else (low + high) / 2
+                low, high = (epsilon, high) if value > aim else (low, epsilon)
+            if not low < guess < high:
+                # Between two ends by halves; with one, rounding alone has kept ε where it is.
+                end = high if value > aim else low
+                both = low > 0 and high < math.inf
+                guess = (low + high) / 2 if both else math.nextafter(epsilon, end)
+            epsilon = guess
         raise ConvergenceError(
             f"The search for ε at δ = {delta!r} of the pair with {self._named()} did not end; no "
             "value is returned. Please report the pair."
         )
 
-    @staticmethod
-    def _newton(epsilon: float, value: float, above: float, aim: float) -> float:
-        """Next ε, from ``value`` = log δ(ε), ``above`` = log P[L > ε] and the log wanted."""
-        step = math.inf if value > aim else -math.inf  # of log ε
-        if above > value > -math.inf:
-            slope = math.expm1(min(above - value, 700.0))  # -d log δ / dε
-            if slope * epsilon > _STEEP and value < -1:
-                # As of a normal loss: √(-log δ) is straight in ε.
-                root = math.sqrt(-value)
-                step = 2 * root * (math.sqrt(max(-aim, 0.0)) - root) / (slope * epsilon)
-                step = math.log1p(max(step, -0.9))
-            else:
-                step = (value - aim) / (slope * epsilon)  # a power law is straight in logs
-        limit = math.log(_MAX_FACTOR)
-        return epsilon * math.exp(min(max(step, -limit), limit))
-
     def _guess(self, delta: float) -> float:
-        """Loss at the quantile of R, with s² at its mean."""
-        g = self.cosine
-        sine = math.sqrt((1 - self.cosine) * (1 + self.cosine))
-        if sine:
-            g += sine * float(special.stdtrit(self.rank, delta)) / math.sqrt(self.rank)
-        ratio = self.ratio * max(g, 1e-12)
-        k = self.in_features + self.rank - 1
-        loss = (self.rank - 1) * math.log(self.ratio)
-        loss += (self.in_features + 1 - self.rank) / 2 * math.log(ratio) + k / 2 * (1 / ratio - 1)
-        return min(max(loss, 1e-3), 1e300)
+        """Largest loss over normal scores of R and s on the circle beyond whose tangents lies δ.
 
-    def _resolved(self, epsilon: float, ignore: float = -math.inf) -> tuple[float, float]:
+        That is near the ε with P[L > ε] = δ. δ(ε) is less, as if L - ε were exponential beyond.
+        """
+        k = self.in_features + self.rank - 1
+        score = np.array([0.0, 0.25]) - float(special.ndtri(delta))
+        points = score[:, None] * _CIRCLE
+        tail: Array = special.ndtr(-np.abs(points.real))
+        tan_theta: Array = np.abs(special.stdtrit(self.rank, tail)) / math.sqrt(self.rank)
+        # Far out SciPy's quantile is infinite; P[tan θ > x] is less than x^-r.
+        tan_theta = np.minimum(tan_theta, np.maximum(tail, 1e-200) ** (-1 / self.rank))
+        g = self.cosine + self._sine * np.copysign(tan_theta, points.real)
+        ratio = self.ratio * np.maximum(g, 1e-12)
+        s = np.maximum(math.sqrt(k - 0.5) + points.imag / math.sqrt(2), 0.0)
+        loss = (self.in_features + 1 - self.rank) / 2 * np.log(ratio)
+        loss += np.square(s) / 2 * (1 / ratio - 1)
+        loss += (self.rank - 1) * math.log(self.ratio)
+        first, second = (
+            float(x.max() if z > 0 else x.min()) for z, x in zip(score, loss, strict=True)
+        )
+        fall, further = (float(special.log_ndtr(-x)) for x in score)
+        mean = max((second - first) / (fall - further), 1e-300)  # of L - ε beyond ε
+        return min(max(first - mean * math.log1p(1 / mean), first / 4, 1e-3), 1e300)
+
+    @np.errstate(divide="ignore")  # the log of 0 is -inf, here and below
+    def _resolved(
+        self, epsilon: float, about: float = -math.inf, panels: Panels | None = None
+    ) -> tuple[float, float]:
         """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over R > 0, checked.
 
-        ``ignore`` is the log of a density of θ that is as good as 0.
+        ``about`` is the log of a value of which e^-34 is as good as 0. ``panels`` are used if they
+        were made for this ε, within the precision of their own cuts; the check is the same.
         """
         if abs(self.cosine) == 1:
             return self._on_a_line(epsilon)
         segments = self._segments(epsilon)
-        return self._adapt(epsilon, segments, *self._first_panels(epsilon, segments), ignore)
+        panels = self._panels(epsilon, segments, panels, _SAME)
+        return self._adapt(epsilon, segments, panels, about)
 
+    @np.errstate(divide="ignore")
     def _glance(
-        self, epsilon: float, ignore: float = -math.inf, panels: Panels | None = None
+        self,
+        epsilon: float,
+        about: float = -math.inf,
+        panels: Panels | None = None,
+        rule: Rule = _RULES[0],
     ) -> tuple[float, float, Panels | None]:
-        """The same unchecked, from the first panels of this ε or of one nearby."""
+        """The same unchecked, and its panels; coarse nodes do with panels of an ε nearby."""
         if abs(self.cosine) == 1:
             return (*self._on_a_line(epsilon), None)
         segments = self._segments(epsilon)
-        if (
-            panels is None
-            or not 0.8 < epsilon / panels[0] < 1.25
-            or panels[3].max() != len(segments[0]) - 1
-        ):
-            panels = (epsilon, *self._first_panels(epsilon, segments))
-        log_d, log_p = self._panel_sums(epsilon, segments, *panels[1:], 0, ignore)
-        return float(_logsumexp(log_d[None])[0]), float(_logsumexp(log_p[None])[0]), panels
+        panels = self._panels(epsilon, segments, panels, _NEARBY if rule is _COARSE else _SAME)
+        sums = self._panel_sums(epsilon, segments, *panels[2:], rule, about)
+        log_d, log_p = _logsumexp(sums).tolist()
+        return log_d, log_p, panels
+
+    def _panels(
+        self, epsilon: float, segments: Segments, known: Panels | None, within: float
+    ) -> Panels:
+        """The known panels if made for an ε within that relative distance, or new ones."""
+        live = (segments[1] > 0).tolist()
+        if known and known.live == live and abs(epsilon - known.epsilon) < within * epsilon:
+            return known
+        return Panels(epsilon, live, *self._first_panels(epsilon, segments))
 
     def _named(self) -> str:
         return (
@@ -187,10 +239,9 @@ class VectorLoss:
         if self.cosine < 0 or self.ratio == 1:
             return -math.inf, -math.inf
         excess = np.array([self.ratio - 1.0])
-        log_d, log_p = self._inner(
-            epsilon, np.array([self.ratio]), excess, np.zeros(1), 1, -math.inf
-        )
-        return float(log_d[0]), float(log_p[0])
+        ratio, rule = np.array([self.ratio]), _RULES[1]
+        logs = self._inner(epsilon, ratio, excess, np.zeros(1), rule, -math.inf)
+        return float(logs[0, 0]), float(logs[1, 0])
 
     @property
     def _sine(self) -> float:
@@ -221,7 +272,7 @@ class VectorLoss:
 
     def _steps(self) -> list[float]:
         """Steps of s; next to parallel, δ lies where j^r e^{-j²} is largest, at j = √(r/2)."""
-        steps = _STEPS.tolist()
+        steps = list(_STEPS)
         while steps[-1] < 4 + math.sqrt(self.rank / 2):
             steps.append(2 * steps[-1])
         return steps
@@ -237,79 +288,90 @@ class VectorLoss:
         for side in (-1, 1) if c > 0 else (-1,):
             for j in self._steps():
                 square = max(math.sqrt(k - 1) - side * j, 0.1) ** 2
-                least = math.log(square / (2 * c)) if c > 0 else 700.0
-                inside, outside = least, side * 700.0
+                inside = math.log(square / (2 * c)) if c > 0 else 700.0
 
                 def excess(log_ratio: float, square: float = square) -> float:
                     rest = square / 2 * math.expm1(min(-log_ratio, 700.0))
                     return c * log_ratio + rest - target
 
-                if excess(inside) >= 0 or excess(outside) <= 0:
+                depth = -excess(inside)
+                if depth <= 0 or excess(side * 700.0) <= 0:
                     continue
-                while abs(outside - inside) > max(1e-3 * min(abs(inside), abs(outside)), 1e-15):
-                    middle = (inside + outside) / 2
-                    inside, outside = (inside, middle) if excess(middle) > 0 else (middle, outside)
-                found.append(math.exp(inside))
+                # The excess is convex: from a point where it is positive Newton's steps go to the
+                # crossing from one side. With v from ``inside`` it is c (e^-v + v - 1 - depth/c).
+                if c > 0:
+                    depth /= c
+                    root = math.sqrt(2 * depth)
+                    if side < 0:
+                        log_ratio = inside - math.log1p(depth + root)
+                    else:
+                        log_ratio = inside + depth / 2 + math.hypot(depth / 2, root)
+                else:
+                    log_ratio = -target / (square / 2 - c)
+                    if target > 0:
+                        log_ratio = max(log_ratio, -math.log1p(2 * target / square))
+                for _ in range(_NEWTON):
+                    growth = math.expm1(min(-log_ratio, 700.0))
+                    step = c * log_ratio + square / 2 * growth - target  # the excess
+                    step /= c - square / 2 * (1 + growth)
+                    log_ratio -= step
+                    if abs(step) <= max(_SAME * abs(log_ratio), 1e-15):
+                        break
+                found.append(math.exp(log_ratio))
         return found
 
     def _first_panels(self, epsilon: float, segments: Segments) -> tuple[Array, Array, Index]:
         """Ends, as fractions of a segment, and the segment each panel lies in."""
         angle = math.atan2(self._sine, self.cosine)  # φ
-        steps = np.arctan(_SCALES / math.sqrt(self.rank))
-        theta = np.concatenate([-steps, [0.0], steps])
-        ends = [self._ends(g / self.ratio) for g in self._crossings(epsilon)]
-        near = np.array(ends).reshape(-1, 2)
-        cuts = (
-            np.unique(np.concatenate([theta + math.pi / 2 - angle, near[:, 0]])),
-            np.unique(np.concatenate([math.pi / 2 - theta, near[:, 1]])),
-        )
+        steps = [math.atan(scale / math.sqrt(self.rank)) for scale in _SCALES]
+        theta = [-step for step in steps] + [0.0] + steps
+        ends = [(t + math.pi / 2 - angle, math.pi / 2 - t) for t in theta]
+        ends += [self._ends(g / self.ratio) for g in self._crossings(epsilon)]
+        cuts = sorted({from_0 for from_0, _ in ends}), sorted({from_inf for _, from_inf in ends})
         low, high, segment = list[float](), list[float](), list[int]()
-        for i, (outer, width, right) in enumerate(zip(*segments, strict=True)):
+        outers, widths, rights = segments[0].tolist(), segments[1].tolist(), segments[2].tolist()
+        for i, (outer, width, right) in enumerate(zip(outers, widths, rights, strict=True)):
             if width == 0:
                 continue
-            with np.errstate(over="ignore"):  # a sliver of 1e-308 has all cuts outside
-                inner = (cuts[int(right)] - outer) / width
-            kept = (inner > (_EDGE if outer else 0.0)) & (inner < 1 - _EDGE)
-            points = [0.0, *inner[kept].tolist(), 1.0]
+            least, most = _EDGE if outer else 0.0, 1 - _EDGE
+            points = [0.0]
+            for cut in cuts[int(right)]:
+                part = (cut - outer) / width
+                if least < part < most:
+                    points.append(part)
+            points.append(1.0)
             low += points[:-1]
             high += points[1:]
             segment += [i] * (len(points) - 1)
         return np.array(low), np.array(high), np.array(segment)
 
     def _adapt(
-        self,
-        epsilon: float,
-        segments: Segments,
-        low: Array,
-        high: Array,
-        segment: Index,
-        ignore: float,
+        self, epsilon: float, segments: Segments, panels: Panels, about: float
     ) -> tuple[float, float]:
         """Halve panels until they agree with what they were before."""
-        log_d, _ = self._panel_sums(epsilon, segments, low, high, segment, 0, ignore)
-        ignore = max(ignore, float(_logsumexp(log_d[None])[0]) - _IGNORED)
-        settled_d: list[Array] = []
-        settled_p: list[Array] = []
+        low, high, segment = panels.low, panels.high, panels.segment
+        coarse = self._panel_sums(epsilon, segments, low, high, segment, _RULES[0], about)[0]
+        about = max(about, float(_logsumexp(coarse)))
+        settled = np.zeros((2, 0))
         for turn in range(1, _ROUNDS):
             n = len(low)
             if turn > 1:  # the first check is one of the rules alone
                 middle = (low + high) / 2
                 low, high = np.concatenate([low, middle]), np.concatenate([middle, high])
                 segment = np.concatenate([segment, segment])
-            fine_d, fine_p = self._panel_sums(epsilon, segments, low, high, segment, turn, ignore)
-            whole = fine_d if turn == 1 else np.logaddexp(fine_d[:n], fine_d[n:])
-            total = float(_logsumexp(np.concatenate([*settled_d, fine_d])[None])[0])
+            rule = _RULES[turn % 2]
+            fine = self._panel_sums(epsilon, segments, low, high, segment, rule, about)
+            whole = fine[0] if turn == 1 else np.logaddexp(fine[0, :n], fine[0, n:])
+            total = float(_logsumexp(np.concatenate([settled[0], fine[0]])))
             if total == -math.inf:
                 return total, total
-            error = np.abs(np.exp(whole - total) - np.exp(log_d - total))
-            good = np.tile(
-                error <= _AGREEMENT / 8, len(low) // n
-            )  # few panels are near the limit at once
-            settled_d.append(fine_d[good])
-            settled_p.append(fine_p[good])
+            error = np.abs(np.exp(whole - total) - np.exp(coarse - total))
+            # few panels are near the limit at once
+            good = np.tile(error <= _AGREEMENT / 8, len(low) // n)
+            settled = np.concatenate([settled, fine[:, good]], axis=1)
             if good.all():
-                return total, float(_logsumexp(np.concatenate(settled_p)[None])[0])
-            low, high, segment, log_d = low[~good], high[~good], segment[~good], fine_d[~good]
+                return total, float(_logsumexp(settled[1]))
+            low, high, segment, coarse = low[~good], high[~good], segment[~good], fine[0, ~good]
             if len(low) > _MAX_PANELS:
                 break
         raise ConvergenceError(
@@ -324,27 +386,23 @@ class VectorLoss:
         low: Array,
         high: Array,
         segment: Index,
-        turn: int,
-        ignore: float,
-    ) -> tuple[Array, Array]:
-        """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over each panel; ``turn`` picks the inner rule."""
+        rule: Rule,
+        about: float,
+    ) -> Array:
+        """Logs of E (1 - e^{ε-L})₊ and P[L > ε] over each panel, (2, panels)."""
         if not low.size:
-            return np.zeros(0), np.zeros(0)
+            return np.zeros((2, 0))
         outer, width, right = segments[0][segment], segments[1][segment], segments[2][segment]
         half = 0.5 * (high - low) * width
-        nodes, weights = _OUTER[turn % 2]
+        nodes, weights = rule.outer
         x = (outer + low * width)[:, None] + half[:, None] * (1 + nodes)
         upper = np.repeat(right, len(nodes))
-        log_d, log_p = self._integrand(epsilon, x.ravel(), upper, turn, ignore)
-        weight = np.log(half)[:, None] + np.log(weights)
-        return (
-            _logsumexp(log_d.reshape(x.shape) + weight),
-            _logsumexp(log_p.reshape(x.shape) + weight),
-        )
+        logs = self._integrand(epsilon, x.ravel(), upper, rule, about)
+        return _logsumexp(logs.reshape(2, *x.shape) + np.log(half[:, None] * weights))
 
     def _integrand(
-        self, epsilon: float, x: Array, right: Flags, turn: int, ignore: float
-    ) -> tuple[Array, Array]:
+        self, epsilon: float, x: Array, right: Flags, rule: Rule, about: float
+    ) -> Array:
         """At distance ``x`` from R = 0, where θ = φ - π/2, or where ``right`` from θ = π/2.
 
         Both cos(θ-φ) and cos θ are then sines of ``x`` and of ``x`` + φ: no digit is lost, however
@@ -364,7 +422,7 @@ class VectorLoss:
             square = np.minimum(np.square(sin_theta), 0.6)
             log_cos = np.where(cos_theta < 0.7, np.log(cos_theta), 0.5 * np.log1p(-square))
             log_weight += (self.rank - 1) * log_cos
-        return self._inner(epsilon, ratio, excess, log_weight, turn, ignore)
+        return self._inner(epsilon, ratio, excess, log_weight, rule, about)
 
     def _inner(
         self,
@@ -372,84 +430,82 @@ class VectorLoss:
         ratio: Array,
         excess: Array,
         log_weight: Array,
-        turn: int,
-        ignore: float,
-    ) -> tuple[Array, Array]:
-        """Logs of E[(1 - e^{ε-L})₊ | R] and P[L > ε | R], each plus ``log_weight``."""
+        rule: Rule,
+        about: float,
+    ) -> Array:
+        """Logs of E[(1 - e^{ε-L})₊ | R] and P[L > ε | R], each plus ``log_weight``, (2, nodes)."""
         m, r = self.in_features, self.rank
         near = (ratio > 0.5) & (ratio < 2)
-        tiny = np.finfo(np.float64).tiny
-        safe = np.maximum(ratio, tiny)
+        safe = np.maximum(ratio, _TINY)
         log_ratio = np.where(near, np.log1p(np.where(near, excess, 0.0)), np.log(safe))
-        shift = (r - 1) * math.log(self.ratio) + 0.5 * (m + 1 - r) * log_ratio - epsilon  # a - ε
+        shift = 0.5 * (m + 1 - r) * log_ratio + ((r - 1) * math.log(self.ratio) - epsilon)  # a - ε
         slope = np.where(near, excess, ratio - 1.0) / safe  # 1 - 1/R, the sign of R - 1
-        log_d, log_p = np.full(ratio.shape, -math.inf), np.full(ratio.shape, -math.inf)
-        full = (slope <= 0) & (shift >= 0)
-        if full.any():
+        logs = np.full((2, len(ratio)), -math.inf)
+        full = ((slope <= 0) & (shift >= 0)).nonzero()[0]
+        if full.size:
             gap = epsilon + (r - 1) * (log_ratio[full] - math.log(self.ratio))
-            with np.errstate(divide="ignore"):
-                log_d[full] = np.log(-np.expm1(np.minimum(gap, 0.0)))
-            log_p[full] = 0.0
-        for below in (True, False):
-            found = (slope < 0) & (shift < 0) if below else (slope > 0) & (shift > 0)
-            part = np.flatnonzero(found)
-            square = 2 * shift[part] / slope[part]  # x
-            # Chernoff: the tail of χ²_k beyond x is at most exp(-(x - k - k ln(x/k))/2).
-            k = m + r - 1
-            beyond = square > k if below else square < k
-            with np.errstate(divide="ignore"):
-                decay = np.where(beyond, 0.5 * (square - k - k * np.log(square / k)), 0.0)
-            kept = log_weight[part] - decay > ignore
-            if kept.any():
-                part, square = part[kept], square[kept]
-                rate = 0.5 * np.abs(slope[part])
-                log_d[part], log_p[part] = self._tail(square, rate, turn, below=below)
-        return log_d + log_weight, log_p + log_weight
+            logs[0, full] = np.log(-np.expm1(np.minimum(gap, 0.0)))
+            logs[1, full] = 0.0
+        part = np.where(slope < 0, shift < 0, (slope > 0) & (shift > 0)).nonzero()[0]
+        slope = slope[part]
+        square = 2 * shift[part] / slope  # x
+        # Chernoff: the tail of χ²_k beyond x is at most exp(-(x - k - k ln(x/k))/2).
+        k = m + r - 1
+        beyond = (slope < 0) == (square > k)
+        decay = np.where(beyond, 0.5 * (square - k - k * np.log(square / k)), 0.0)
+        kept = (log_weight[part] - decay > about - rule.drop - _IGNORED).nonzero()[0]
+        if kept.size:
+            part = part[kept]
+            logs[0, part], logs[1, part] = self._tail(square[kept], slope[kept], rule)
+        logs += log_weight
+        return logs
 
-    def _tail(self, square: Array, rate: Array, turn: int, *, below: bool) -> tuple[Array, Array]:
-        """Logs of E (1 - e^{-rate |s²-x|}) and of P, over s² > x = ``square`` or s² < x."""
+    def _tail(self, square: Array, slope: Array, rule: Rule) -> tuple[Array, Array]:
+        """Logs of E (1 - e^{-|slope (s²-x)|/2}) and of P, over s² > x = ``square``, or s² < x.
+
+        It is the upper tail where ``slope``, of the sign of R - 1, is negative.
+        """
         k = self.in_features + self.rank - 1
         mode = math.sqrt(k - 1)
-        edge = np.sqrt(square)
-        start = np.maximum(edge, mode) if below else np.minimum(edge, mode)
+        up, edge = slope < 0, np.sqrt(square)
+        start = np.where(up, np.maximum(edge, mode), np.minimum(edge, mode))
         # Beyond ``start`` the log density falls at least like fall·w + curvature·w²/2, where the
         # curvature 1 + (k-1)/s² is at least 2 below the mode and at least 1 above.
         fall = np.abs(start - (k - 1) / np.maximum(start, 1e-300))
-        if below:
-            width = _DROP / (fall / 2 + np.sqrt(fall * fall / 4 + _DROP / 2))
-            curvature = 1 + (k - 1) / np.square(start + width)
-            width = _DROP / (fall / 2 + np.sqrt(fall * fall / 4 + curvature * _DROP / 2))
-            low = np.maximum(edge, mode - math.sqrt(_DROP))
-            high = start + width
-            cut = np.clip(np.sqrt(square + _DROP / rate), low, high)
-            ends = ((low, cut, True), (cut, high, False))
-        else:
-            width = _DROP / (fall / 2 + np.sqrt(fall * fall / 4 + _DROP))
-            low = np.maximum(start - width, 0.0)
-            high = np.minimum(edge, mode + math.sqrt(2 * _DROP))
-            cut = np.clip(np.sqrt(np.maximum(square - _DROP / rate, 0.0)), low, high)
-            ends = ((cut, high, True), (low, cut, False))
-        nodes, weights = _INNER[turn % 2]
-        reference = np.clip(mode, low, high)
-        peak = _log_chi(k, reference)
-        with_loss, without = np.zeros(edge.shape), np.zeros(edge.shape)
-        for a, b, near in ends:
-            half = 0.5 * (b - a)
-            live = half > 0
-            if not live.any():
-                continue
-            s = a[live, None] + half[live, None] * (1 + nodes)
-            weight = np.exp(_log_chi(k, s) - peak[live, None]) * weights
-            mass = half[live] * weight.sum(axis=1)
-            without[live] += mass
-            if near:
-                at = edge[live, None]
-                loss = -np.expm1(-rate[live, None] * np.abs((s - at) * (s + at)))
-                mass = half[live] * np.einsum("ij,ij->i", weight, loss)
-            with_loss[live] += mass  # beyond ``cut`` the factor is 1 - e^-30
-        with np.errstate(divide="ignore"):
-            base = self._log_chi + peak
-            return base + np.log(with_loss), base + np.log(without)
+        width = _window(rule.drop, fall, np.where(up, 1.0, 2.0))
+        curvature = np.where(up, 1 + (k - 1) / np.square(start + width), 2.0)
+        width = _window(rule.drop, fall, curvature)
+        below, above = mode - math.sqrt(rule.drop), mode + math.sqrt(2 * rule.drop)
+        near = np.where(up, np.maximum(edge, below), np.minimum(edge, above))
+        far = np.where(up, start + width, np.maximum(start - width, 0.0))
+        low, high = np.minimum(near, far), np.maximum(near, far)
+        # Beyond ``cut`` the factor is 1 - e^-drop.
+        cut = np.sqrt(np.maximum(square - 2 * rule.drop / slope, 0.0))
+        cut = np.minimum(np.maximum(cut, low), high)
+        peak = _log_chi(k, np.minimum(np.maximum(low, mode), high))
+        # Panels from near to cut, and from cut to far where these differ.
+        rest = (cut != far).nonzero()[0]
+        a, b = np.concatenate([near, cut[rest]]), np.concatenate([cut, far[rest]])
+        nodes, weights = rule.inner
+        half = 0.5 * (b - a)
+        s = half[:, None] * (1 + nodes)
+        s += a[:, None]
+        density = _log_chi(k, s)
+        density -= np.concatenate([peak, peak[rest]])[:, None]
+        np.exp(density, out=density)
+        half, n = np.abs(half), len(edge)
+        mass = half * (density @ weights)
+        without, beyond = mass[:n], mass[n:]
+        loss = s[:n] - edge[:, None]
+        loss *= s[:n] + edge[:, None]
+        loss *= 0.5 * slope[:, None]
+        np.expm1(loss, out=loss)
+        loss *= density[:n]
+        with_loss = -half[:n] * (loss @ weights)
+        with_loss[rest] += beyond
+        without[rest] += beyond
+        base = self._log_chi + peak
+        return base + np.log(with_loss), base + np.log(without)
 
 
 def projected_sign_flip(rank: int, cosine: float) -> float:
@@ -463,14 +519,47 @@ def projected_sign_flip(rank: int, cosine: float) -> float:
     return tail if cosine >= 0 else 1.0 - tail
 
 
+def _newton(
+    epsilon: float, value: float, slope: float, aim: float, last: tuple[float, float] | None
+) -> float:
+    """Next ε, from ``value`` = log δ(ε), ``slope`` = -d log δ/dε or 0, and both at the last ε."""
+    away = value - aim
+    step = math.copysign(math.inf, away)  # of log ε
+    if slope:
+        step = away / (slope * epsilon)  # as of a power law: log δ is straight in log ε
+        if last and abs(away) < abs(value - last[0]) / 4:
+            # Close to the end: 1 / slope is straight in log δ.
+            bend = (1 / slope - 1 / last[1]) / (value - last[0])
+            step = math.log1p(max((1 / slope - bend * away / 2) * away / epsilon, -0.9))
+        elif slope * epsilon > _STEEP and value < -1:
+            # As of a normal loss: √(-log δ) is straight in ε.
+            root = math.sqrt(-value)
+            step = 2 * root * (math.sqrt(max(-aim, 0.0)) - root) / (slope * epsilon)
+            step = math.log1p(max(step, -0.9))
+    limit = math.log(_MAX_FACTOR)
+    return epsilon * math.exp(min(max(step, -limit), limit))
+
+
+def _window(drop: float, fall: Array, curvature: Array) -> Array:
+    """The w at which fall·w + curvature·w²/2 is ``drop``."""
+    return drop / (fall / 2 + np.sqrt(fall * fall / 4 + curvature * (drop / 2)))
+
+
 def _log_chi(k: int, s: Array) -> Array:
     """Log of the χ_k density at ``s`` over that at its mode √(k-1)."""
     if k == 1:
         return -0.5 * s * s
     mode = math.sqrt(k - 1)
-    t = (s - mode) / mode
-    with np.errstate(divide="ignore"):
-        return (k - 1) * (np.log1p(t) - t - 0.5 * t * t)
+    # In place, as in ``_tail``: memory, not arithmetic, takes the time.
+    t = s - mode
+    t /= mode
+    quadratic = 0.5 * t
+    quadratic += 1
+    quadratic *= t
+    value = np.log1p(t, out=t)
+    value -= quadratic
+    value *= k - 1
+    return value
 
 
 def _log_chi_norm(k: int) -> float:
@@ -493,7 +582,7 @@ def _log_angle_norm(rank: int) -> float:
 
 
 def _logsumexp(values: Array) -> Array:
-    peak = values.max(axis=1)
+    """Over the last axis."""
+    peak = values.max(axis=-1)
     safe = np.where(np.isfinite(peak), peak, 0.0)
-    with np.errstate(divide="ignore"):
-        return safe + np.log(np.exp(values - safe[:, None]).sum(axis=1))
+    return safe + np.log(np.exp(values - safe[..., None]).sum(axis=-1))
