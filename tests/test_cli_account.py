@@ -239,7 +239,7 @@ SAMPLED = ["--sample-rate", "0.01"]
         ),
         (
             "account",
-            [*RUN, "--delta", "1e-5", "--adjacency", "replace"],
+            [*RUN, "--delta", "1e-5", "--adjacency", "replace", "--accountant", "rdp"],
             "no proof for SampledGaussian under adjacency='replace'",
         ),
         ("account", [*RUN, "--delta", "1e-5", "--adjacency", "swap"], "adjacency must be one of"),

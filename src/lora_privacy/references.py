@@ -149,6 +149,14 @@ _ALL = (
         kind="article",
     ),
     Reference(
+        key="balle-subsampling-2018",
+        authors="Balle, Borja and Barthe, Gilles and Gaboardi, Marco",
+        title="Privacy Amplification by Subsampling: Tight Analyses via Couplings and Divergences",
+        year=2018,
+        venue="NeurIPS 2018, arXiv:1807.01647",
+        kind="inproceedings",
+    ),
+    Reference(
         key="balle-wang-2018",
         authors="Balle, Borja and Wang, Yu-Xiang",
         title="Improving the Gaussian Mechanism for Differential Privacy: Analytical Calibration "

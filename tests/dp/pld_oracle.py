@@ -40,3 +40,27 @@ def measure_delta(
     """Σ mass (1 - e^{ε - loss})_+ + infinite, straight from the definition."""
     gain = -np.expm1(np.minimum(epsilon - losses, 0.0))
     return float(np.sum(masses * gain)) + infinite
+
+
+def exchange_delta(mu: float, p: float, epsilon: float, digits: int = 60) -> mp.mpf:
+    """sup_E M(E) - e^ε M'(E), M = (1-p) N(0,1) + p N(μ,1) and M' its reflection at 0, any real ε.
+
+    The likelihood ratio rises, so the best E is {x > t}; t by bisection of its logarithm.
+    """
+    with mp.workdps(digits):
+        mu, p, e = mp.mpf(mu), mp.mpf(p), mp.mpf(epsilon)
+
+        def loss(x: mp.mpf) -> mp.mpf:
+            up, down = (mp.log(1 - p + p * mp.exp(s * mu * x - mu * mu / 2)) for s in (1, -1))
+            return up - down
+
+        low, high = mp.mpf(-1), mp.mpf(1)
+        while loss(low) > e:
+            low *= 2
+        while loss(high) < e:
+            high *= 2
+        while high - low > mp.mpf(10) ** (3 - digits // 2) * (1 + abs(low)):
+            middle = (low + high) / 2
+            low, high = (middle, high) if loss(middle) < e else (low, middle)
+        ours, theirs = ((1 - p) * cdf(-low) + p * cdf(s * mu - low) for s in (1, -1))
+        return ours - mp.exp(e) * theirs

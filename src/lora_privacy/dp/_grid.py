@@ -18,6 +18,7 @@ import numpy.typing as npt
 from scipy import optimize, signal  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy.dp._profiles import Direction, Profile, SampledPair
+from lora_privacy.dp._replaced import ReplacedPair
 
 __all__ = ["MAX_STEP", "Measure", "above", "below", "reach"]
 
@@ -56,14 +57,20 @@ class Measure:
 def reach(profiles: tuple[Profile, Profile], tail: float, start: float) -> float:
     """An ε beyond which both profiles are at most ``tail``, or hardly fall any more."""
     scan = np.minimum(start * np.exp2(np.arange(-8, 160) / 2.0), _FARTHEST)
-    values = np.maximum(profiles[0](scan), profiles[1](scan))
+    values = np.maximum(*_both(profiles, scan))
     goal = max(tail, 1.001 * float(values[-1]))
     last = int(np.argmax(values <= goal))
     if last == 0:
         return float(scan[0])
     fine: Array = np.linspace(float(scan[last - 1]), float(scan[last]), 33, dtype=np.float64)
-    values = np.maximum(profiles[0](fine), profiles[1](fine))
+    values = np.maximum(*_both(profiles, fine))
     return float(fine[int(np.argmax(values <= goal))]) if values[-1] <= goal else float(scan[last])
+
+
+def _both(profiles: tuple[Profile, Profile], epsilons: Array) -> tuple[Array, Array]:
+    """Values in both directions; under replace the profile is one, and it may be dear."""
+    remove = profiles[0](epsilons)
+    return remove, remove if profiles[1] is profiles[0] else profiles[1](epsilons)
 
 
 def above(profiles: tuple[Profile, Profile], step: float, half: int) -> tuple[Measure, Measure]:
@@ -73,17 +80,22 @@ def above(profiles: tuple[Profile, Profile], step: float, half: int) -> tuple[Me
     convex minorant.
     """
     grid = step * np.arange(half + 1, dtype=np.float64)
-    remove, add = (np.minimum.accumulate(profile(grid)) for profile in profiles)
+    remove, add = (np.minimum.accumulate(values) for values in _both(profiles, grid))
     # Both directions of a pair agree at ε = 0, so the smaller bound holds for both.
     remove[0] = add[0] = min(remove[0], add[0])
     return _joined(remove, add, step, 1), _joined(add, remove, step, 1)
 
 
-def below(pair: SampledPair, direction: Direction, step: float, half: int, tilt: float) -> Measure:
+def below(
+    pair: SampledPair | ReplacedPair, direction: Direction, step: float, half: int, tilt: float
+) -> Measure:
     """A measure whose profile is nowhere above that of ``pair``; see ``_lines``.
 
     Where there is a choice, the one with the larger mean of e^{tilt·loss}.
     """
+    if isinstance(pair, ReplacedPair):
+        dots = _dots(*_replaced_lines(pair, step, half), 1.0)
+        return _joined(dots, dots, step, -1)
     if pair.rate == 1:
         dots = _dots(*_lines(pair, _removal(1.0, 1.0, step, half)), np.ones(1))
         return _joined(dots, dots, step, -1)
@@ -192,6 +204,22 @@ def _lines(pair: SampledPair, cells: Cells) -> tuple[Array, Array]:
         left[steep], right[steep] = pair.lines(
             tau_end[steep], (whole_ratio[steep], np.ones(int(steep.sum())))
         )
+    return _kept(left, right)
+
+
+def _replaced_lines(pair: ReplacedPair, step: float, half: int) -> tuple[Array, Array]:
+    """``_lines`` of the cells of the grid points k·step, for an exchange of one record."""
+    ends = step * np.arange(half + 1, dtype=np.float64)
+    start, stop = ends[:-1], ends[1:]
+    left, right = pair.lines(start + 0.5 * step, (start, stop))
+    steep = ~(right >= 0)
+    if steep.any():
+        left[steep], right[steep] = pair.lines(stop[steep], (start[steep], stop[steep]))
+    return _kept(left, right)
+
+
+def _kept(left: Array, right: Array) -> tuple[Array, Array]:
+    """Lines that are above 0 at both ends; elsewhere 0, from the empty test."""
     lost = ~((left >= 0) & (right >= 0))
     left[lost] = right[lost] = 0.0
     return left, right

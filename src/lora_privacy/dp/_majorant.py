@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from lora_privacy.dp._profiles import Direction
+from lora_privacy.dp._profiles import Direction, mills
+from lora_privacy.dp._replaced import ReplacedPair, split
 from lora_privacy.errors import ConvergenceError
 
 Array = npt.NDArray[np.float64]
@@ -63,6 +64,40 @@ def upper_profile(
     if np.isnan(upper).any():
         raise ConvergenceError("A projected profile came out as NaN; please report it.")
     return upper, plain
+
+
+def replaced_profile(
+    layers: Layers, noise_multiplier: float, sample_rate: float, epsilons: Array, size: int
+) -> tuple[Array, Array]:
+    """``upper_profile`` under replace, where both directions agree.
+
+    Under sampling each split into two Gaussians is a bound, and each of them, of the two records
+    and of one record and none, has its majorant: the least over splits that suit some β.
+    """
+    z, p = noise_multiplier, sample_rate
+    if p == 1:
+        return upper_profile(layers, z / 2, 1.0, "remove", epsilons, size)
+    plain = ReplacedPair(1 / z, p).upper("remove", epsilons)
+    upper = plain
+    for share in _shares(layers):
+        parts = split(math.sqrt(share) / z, p, epsilons)
+        far, _ = upper_profile(layers, z / 2, 1.0, "remove", parts.far_epsilon, size)
+        near, _ = upper_profile(layers, z, 1.0, "remove", np.abs(parts.near_epsilon), size)
+        # Left of 0 it is 1 - e^ε (1 - δ(-ε)), as N(0,1) and N(μ,1) may be swapped.
+        below = np.minimum(parts.near_epsilon, 0.0)
+        near = np.where(below < 0, np.exp(below) * near - np.expm1(below), near)
+        total = parts.far * far + parts.near * near
+        upper = np.minimum(upper, p * total * (1 + 16 * _EPS) + _TINY)
+    return upper, plain
+
+
+def _shares(layers: Layers) -> list[float]:
+    """Shares β that splits are tried for: the mean, 1, for full rank, and one between them.
+
+    Against 40 of them these cost up to 2 % of δ, at small ε less, in one case 6 %.
+    """
+    largest = max(rank / features for features, rank in layers)
+    return sorted({largest, math.sqrt(largest), 1.0})
 
 
 def _inner(p: float, direction: Direction, epsilons: Array) -> tuple[Array, Array]:
@@ -149,15 +184,11 @@ def _gauss(epsilons: Array, mu: Array) -> tuple[Array, Array]:
         ratio = np.minimum(epsilons / mu, 1e100)
         a, b = ratio - mu / 2, ratio + mu / 2
         density = np.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-        second = density * _mills(b)
-        first = np.where(a > -1, density * _mills(np.maximum(a, -1.0)), special.ndtr(-a))
+        second = density * mills(b)
+        first = np.where(a > -1, density * mills(np.maximum(a, -1.0)), special.ndtr(-a))
         value = np.maximum(first - second, 0.0)
         slack = 32 * (first + second) + 8 * (ratio + mu) * (np.abs(a) * value + density)
     return np.minimum(value * (1 + 4 * _EPS) + _EPS * slack, 1.0), density
-
-
-def _mills(x: Array) -> Array:
-    return math.sqrt(math.pi / 2) * special.erfcx(x / math.sqrt(2))
 
 
 @functools.lru_cache(maxsize=64)

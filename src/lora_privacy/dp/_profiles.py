@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-__all__ = ["DIRECTIONS", "Direction", "Profile", "ProfiledEvent", "SampledPair"]
+__all__ = ["DIRECTIONS", "Direction", "Profile", "ProfiledEvent", "SampledPair", "mills"]
 
 Array = npt.NDArray[np.float64]
 
@@ -122,7 +122,7 @@ class SampledPair:
         return self._differences(tau, ratios, -1)
 
     def _gaussian(self, tau: Array, sign: int) -> Array:
-        """δ of N(μ, 1) against N(0, 1) at ``tau`` >= 0, rounded (Balle & Wang, Thm. 8)."""
+        """δ of N(μ, 1) against N(0, 1) at ``tau``, rounded (Balle & Wang, Thm. 8)."""
         return self._differences(tau, (np.ones(1),), sign)[0]
 
     def _differences(self, tau: Array, ratios: tuple[Array, ...], sign: int) -> list[Array]:
@@ -134,8 +134,8 @@ class SampledPair:
         a, b = tau / self.mu - self.mu / 2, tau / self.mu + self.mu / 2
         density = np.exp(-0.5 * a * a) / _ROOT_2PI
         near = a > -1
-        first = np.where(near, density * _mills(np.maximum(a, -1.0)), special.ndtr(-a))
-        second = density * _mills(np.maximum(b, -1.0))
+        first = np.where(near, density * mills(np.maximum(a, -1.0)), special.ndtr(-a))
+        second = density * mills(np.maximum(b, -1.0))
         if b.min(initial=0.0) < -1:
             second = np.where(b < -1, np.exp(np.minimum(tau, 0.0)) * special.ndtr(-b), second)
         # In units of eps: each tail is off by a few; an error of a and b moves the tails by at
@@ -152,6 +152,6 @@ class SampledPair:
         return results
 
 
-def _mills(x: Array) -> Array:
+def mills(x: Array) -> Array:
     """(1 - Φ(x)) / φ(x)."""
     return math.sqrt(math.pi / 2) * special.erfcx(x / math.sqrt(2))

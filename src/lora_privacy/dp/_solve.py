@@ -12,7 +12,8 @@ import numpy.typing as npt
 from lora_privacy.dp import _fourier, _grid
 from lora_privacy.dp._fourier import Part
 from lora_privacy.dp._gaussian import crossing
-from lora_privacy.dp._profiles import DIRECTIONS, Profile, ProfiledEvent, SampledPair
+from lora_privacy.dp._profiles import DIRECTIONS, Profile, SampledPair
+from lora_privacy.dp._replaced import ReplacedPair
 from lora_privacy.errors import ConvergenceError
 
 __all__ = [
@@ -44,29 +45,29 @@ class Source:
     """One kind of release: profiles above in both directions, and a pair below, if known."""
 
     profiles: tuple[Profile, Profile]
-    pair: SampledPair | None
+    pair: SampledPair | ReplacedPair | None
 
 
-def profiled_source(event: ProfiledEvent) -> Source:
-    """Of an event that brings its profiles; what they return is checked at each use."""
+def profiled_source(remove: Profile, add: Profile, name: str) -> Source:
+    """Of the profiles that the event ``name`` brings; what they return is checked at each use."""
 
     def checked(profile: Profile) -> Profile:
         def call(epsilons: Array, /) -> Array:
             found = np.asarray(profile(epsilons), dtype=np.float64)
             if found.shape != epsilons.shape or not np.all((found >= 0) & (found <= 1)):
                 raise ConvergenceError(
-                    f"A profile of {type(event).__name__} must return δ in [0, 1] for each ε; it "
+                    f"A profile of {name} must return δ in [0, 1] for each ε; it "
                     "returned another shape, NaN or a number outside. Please report the event."
                 )
             return found
 
         return call
 
-    remove, add = (checked(event.profile(direction)) for direction in DIRECTIONS)
-    return Source((remove, add), None)
+    ours = checked(remove)
+    return Source((ours, ours if add is remove else checked(add)), None)
 
 
-def sampled_source(lower: SampledPair, upper: SampledPair) -> Source:
+def sampled_source(lower: SampledPair | ReplacedPair, upper: SampledPair | ReplacedPair) -> Source:
     """Of a sampled Gaussian whose distance of centres is known up to rounding."""
 
     def remove(epsilons: Array) -> Array:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from lora_privacy import _validate
 from lora_privacy.dp import _gaussian, _solve
 from lora_privacy.dp._checks import merged_ledger
-from lora_privacy.dp._profiles import ProfiledEvent, SampledPair
-from lora_privacy.dp.events import GaussianEvent, SampledGaussian
+from lora_privacy.dp._profiles import Profile, ProfiledEvent, SampledPair
+from lora_privacy.dp._replaced import ReplacedPair
+from lora_privacy.dp.events import GaussianEvent, ProjectedGaussian, SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
 from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
@@ -41,7 +42,8 @@ class PldAccountant:
     refined until the two ends of ε differ by at most 1 % of it, as far as memory allows.
 
     Args:
-        adjacency: ``"add-remove"``, or ``"replace"`` for plain Gaussians, which move by 2C.
+        adjacency: ``"add-remove"`` or ``"replace"``; under the latter a plain Gaussian moves by
+            2C, and a record that a Poisson sample holds is exchanged for another in it.
         events: The ledger: each event with its number of releases. Besides the events of this
             package any ``ProfiledEvent`` is taken under ``"add-remove"``.
 
@@ -113,7 +115,8 @@ class PldAccountant:
         """Certified ends of the smallest ε at ``delta``, both directions of the adjacency taken.
 
         The lower end is one of the worst case over neighbours, so that no accountant may print
-        less. It is 0 with a ``ProfiledEvent`` in the ledger, which gives upper profiles only.
+        less. It is 0 with a ``ProfiledEvent``, such as ``ProjectedGaussian``, in the ledger, which
+        gives upper profiles only.
 
         Raises:
             ValueError: ``delta`` is not in (0, 1).
@@ -176,7 +179,8 @@ class PldAccountant:
 
     def _sources(self) -> tuple[float, list[tuple[_solve.Source, int]]]:
         """μ of the plain Gaussians, and what else there is; then the former are among it."""
-        moved = 2.0 if self.adjacency == "replace" else 1.0
+        replace = self.adjacency == "replace"
+        moved, pair = (2.0, ReplacedPair) if replace else (1.0, SampledPair)
         square = 0.0
         sources: list[tuple[_solve.Source, int]] = []
         for event, count in self.events:
@@ -185,10 +189,12 @@ class PldAccountant:
                 square += count * min(mu, 1e154) ** 2
             elif isinstance(event, SampledGaussian):
                 low, high = _limits(max(1 / event.noise_multiplier, _LEAST_MU))
-                lower, upper = (SampledPair(end, event.sample_rate) for end in (low, high))
+                lower, upper = (pair(end, event.sample_rate) for end in (low, high))
                 sources.append((_solve.sampled_source(lower, upper), count))
             elif isinstance(event, ProfiledEvent):
-                sources.append((_solve.profiled_source(event), count))
+                remove, add = _profiles_of(event, self.adjacency)
+                name = type(event).__name__
+                sources.append((_solve.profiled_source(remove, add, name), count))
         mu = math.sqrt(square)
         if mu > _MOST_MU or any(
             event.noise_multiplier < 1 / _MOST_MU
@@ -220,11 +226,13 @@ class PldAccountant:
         elif delta == 1:
             reason = f"no δ below 1 is proved at ε = {epsilon!r}."
         assumptions = ["each record's contribution to a release has norm at most the clip norm"]
-        references = list(_CLOSED if method == "gdp" else _GRID)
+        references: list[str] = list(_CLOSED if method == "gdp" else _GRID)
         if any(isinstance(event, SampledGaussian) for event, _ in self.events):
             assumptions.append(
                 "each release has its own Poisson sample, independent of all others and secret"
             )
+        if self.adjacency == "replace" and any(_is_sampled(event) for event, _ in self.events):
+            references.append("balle-subsampling-2018")
         assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
         for event, _ in self.events:
             if isinstance(event, ProfiledEvent):
@@ -256,6 +264,14 @@ def _read(ours: tuple[Array, Array], theirs: tuple[Array, Array], fpr: Array) ->
     return np.minimum(best, 1 - fpr)
 
 
+def _profiles_of(event: ProfiledEvent, adjacency: Adjacency) -> tuple[Profile, Profile]:
+    """Of both directions; those of ``ProfiledEvent`` are for adding or removing a record."""
+    if adjacency == "replace" and isinstance(event, ProjectedGaussian):
+        both = event.profile("remove", adjacency=adjacency)
+        return both, both
+    return event.profile("remove"), event.profile("add")
+
+
 def _limits(mu: float) -> tuple[float, float]:
     """Lower and upper end of a μ that a few operations on doubles gave."""
     return mu * (1 - 1e-14), mu * (1 + 1e-14)
@@ -265,6 +281,10 @@ def _is_plain(event: LossEvent) -> TypeGuard[GaussianEvent | SampledGaussian]:
     return isinstance(event, GaussianEvent) or (
         isinstance(event, SampledGaussian) and event.sample_rate == 1
     )
+
+
+def _is_sampled(event: LossEvent) -> bool:
+    return isinstance(event, SampledGaussian | ProjectedGaussian) and event.sample_rate < 1
 
 
 def _checked_delta(delta: float) -> float:
@@ -281,11 +301,6 @@ def _checked_epsilon(epsilon: float) -> float:
 def _refuse_unproved(event: LossEvent, adjacency: Adjacency) -> None:
     # The exact type: a subclass may mean something else.
     if type(event) in (GaussianEvent, SampledGaussian):
-        if adjacency == "replace" and not _is_plain(event):
-            raise UnsupportedEventError(
-                "PldAccountant has no proof for SampledGaussian under adjacency='replace': the "
-                "sampled pair is for adding or removing one record. Use adjacency='add-remove'."
-            )
         return
     known = isinstance(event, ProfiledEvent)  # pyright: ignore[reportUnnecessaryIsInstance]
     if isinstance(event, GaussianEvent | SampledGaussian) or not known:
@@ -293,7 +308,7 @@ def _refuse_unproved(event: LossEvent, adjacency: Adjacency) -> None:
             f"PldAccountant has no proof for {type(event).__name__}; it knows GaussianEvent, "
             "SampledGaussian and events that give their profiles."
         )
-    if adjacency == "replace":
+    if adjacency == "replace" and type(event) is not ProjectedGaussian:
         raise UnsupportedEventError(
             f"PldAccountant has no proof for {type(event).__name__} under adjacency='replace': "
             "profiles are for adding or removing one record. Use adjacency='add-remove'."

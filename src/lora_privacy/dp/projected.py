@@ -108,7 +108,8 @@ class ProjectedGaussian:
 
         Args:
             orders: Rényi orders, any shape, finite and > 1.
-            adjacency: Under ``"replace"`` a record moves V by 2C; not with sampling.
+            adjacency: Under ``"replace"`` a record moves V by 2C; with sampling there is no proof
+                for Rényi divergences, but there is a ``profile``.
 
         Raises:
             ValueError: An order is out of range.
@@ -117,30 +118,34 @@ class ProjectedGaussian:
         wanted = np.asarray(orders, dtype=np.float64)
         if not np.all((wanted > 1) & np.isfinite(wanted)):
             raise ValueError(f"orders must be finite and above 1, got {orders!r}.")
+        refuse_unproved(self, adjacency)
         noise = self._effective_noise(adjacency)
         moments = _projected_rdp.log_moment(self.layers, noise, self.sample_rate, wanted)
         with np.errstate(over="ignore"):
             return np.nextafter(moments / (wanted - 1) * (1 + 4 * _EPS), np.inf)
 
-    def profile(self, direction: Direction) -> Profile:
-        """Upper bound of δ at each ε >= 0 for every record, one step, add/remove.
+    def profile(self, direction: Direction, *, adjacency: Adjacency = "add-remove") -> Profile:
+        """Upper bound of δ at each ε >= 0 for every record, or pair of records, in one step.
 
         It dominates one step whatever the record, so accountants of loss distributions may compose
         it: the greatest convex minorant of it is the profile of one dominating pair.
 
         Args:
             direction: ``"remove"``: record in, against record out; ``"add"``: the reverse.
+            adjacency: Under ``"replace"`` both directions have the same profile.
 
         Raises:
-            ValueError: ``direction`` is neither; from the profile, an ε is negative or not finite.
+            ValueError: ``direction`` or ``adjacency`` is none; from the profile, an ε is negative
+                or not finite.
         """
         _validate.choice("direction", direction, DIRECTIONS)
+        _validate.choice("adjacency", adjacency, ADJACENCIES)
 
         def upper(epsilons: Array, /) -> Array:
             wanted = np.asarray(epsilons, dtype=np.float64)
             if not np.all((wanted >= 0) & np.isfinite(wanted)):
                 raise ValueError(f"epsilons must be finite and at least 0, got {epsilons!r}.")
-            return self._curve(direction, wanted.ravel()).reshape(wanted.shape)
+            return self._curve(direction, adjacency, wanted.ravel()).reshape(wanted.shape)
 
         return upper
 
@@ -149,15 +154,15 @@ class ProjectedGaussian:
 
         Raises:
             ValueError: ``epsilon`` is negative, infinite or NaN.
-            UnsupportedEventError: There is no proof under this adjacency.
         """
         if not 0 <= epsilon < math.inf:
             raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
         noise, epsilon = self._effective_noise(adjacency), float(epsilon)
-        value, method = self._exact(noise, epsilon)
-        low = least_log_delta(self._cost(adjacency), self._start(noise), epsilon, None)[0]
-        if low < math.log(value):
-            value, method = math.nextafter(math.exp(low), 2.0), "rdp"
+        value, method = self._exact(adjacency, epsilon)
+        if _has_rdp(self, adjacency):
+            low = least_log_delta(self._cost(adjacency), self._start(noise), epsilon, None)[0]
+            if low < math.log(value):
+                value, method = math.nextafter(math.exp(low), 2.0), "rdp"
         return self._bound(epsilon, min(value, 1.0), adjacency, method)
 
     def epsilon(self, delta: float, *, adjacency: Adjacency = "add-remove") -> PrivacyBound:
@@ -165,63 +170,64 @@ class ProjectedGaussian:
 
         Raises:
             ValueError: ``delta`` is not in (0, 1).
-            UnsupportedEventError: There is no proof under this adjacency.
         """
         _validate.inside("delta", delta, 0, 1, "Gaussian noise gives no finite ε at δ = 0.")
         noise, delta = self._effective_noise(adjacency), float(delta)
-        value, method = self._search(noise, delta)
-        other = float(least_epsilon(self._cost(adjacency), self._start(noise), delta, None)[0])
-        if other < value:
-            value, method = other, "rdp"
+        value, method = self._search(adjacency, delta)
+        if _has_rdp(self, adjacency):
+            other = least_epsilon(self._cost(adjacency), self._start(noise), delta, None)[0]
+            if other < value:
+                value, method = float(other), "rdp"
         return self._bound(value, delta, adjacency, method)
 
-    def _search(self, noise: float, delta: float) -> tuple[float, str]:
+    def _search(self, adjacency: Adjacency, delta: float) -> tuple[float, str]:
         """Smallest ε at which the profile is at most ``delta``, and the bound that says so."""
-        value, method = self._exact(noise, 0.0)
+        value, method = self._exact(adjacency, 0.0)
         if value <= delta:
             return 0.0, method
         low, high = 0.0, 1.0
-        while self._exact(noise, high)[0] > delta:
+        while self._exact(adjacency, high)[0] > delta:
             low, high = high, 4 * high
             if high > _LARGEST_EPSILON:
                 return math.inf, "convex majorant"
         while high - low > _EPSILON_RTOL * high:
             middle = (low + high) / 2
-            value, label = self._exact(noise, middle)
+            value, label = self._exact(adjacency, middle)
             if value <= delta:
                 high, method = middle, label
             else:
                 low = middle
         return high, method
 
-    def _exact(self, noise: float, epsilon: float) -> tuple[float, str]:
+    def _exact(self, adjacency: Adjacency, epsilon: float) -> tuple[float, str]:
         """δ at one ε, the larger of both directions, and the bound that says so."""
         at = np.array([epsilon])
         value, method = 0.0, "convex majorant"
-        for direction in DIRECTIONS if self.sample_rate < 1 else DIRECTIONS[:1]:
-            found, plain = _majorant.upper_profile(
-                self.layers, noise, self.sample_rate, direction, at, _majorant.FINE
-            )
+        same = self.sample_rate == 1 or adjacency == "replace"
+        for direction in DIRECTIONS[:1] if same else DIRECTIONS:
+            found, plain = self._upper(direction, adjacency, at, _majorant.FINE)
             if found[0] > value:
                 value = float(found[0])
                 method = "convex majorant" if found[0] < plain[0] else "plain Gaussian"
         return value, method
 
-    def _curve(self, direction: Direction, epsilons: Array) -> Array:
+    def _upper(
+        self, direction: Direction, adjacency: Adjacency, epsilons: Array, size: int
+    ) -> tuple[Array, Array]:
+        """Bounds of the profile, with the projection and without; see ``_majorant``."""
+        of = self.layers, self.noise_multiplier, self.sample_rate
+        if adjacency == "replace":
+            return _majorant.replaced_profile(*of, epsilons, size)
+        return _majorant.upper_profile(*of, direction, epsilons, size)
+
+    def _curve(self, direction: Direction, adjacency: Adjacency, epsilons: Array) -> Array:
         """The profile at many ε; where they are very many, chords of it in e^ε."""
         knots = epsilons
         if len(epsilons) > _MAX_KNOTS:
             knots = np.unique(epsilons)
             if len(knots) > _MAX_KNOTS:
                 knots = knots[np.linspace(0, len(knots) - 1, _MAX_KNOTS).astype(np.intp)]
-        values, _ = _majorant.upper_profile(
-            self.layers,
-            self.noise_multiplier,
-            self.sample_rate,
-            direction,
-            knots,
-            _majorant.COARSE,
-        )
+        values, _ = self._upper(direction, adjacency, knots, _majorant.COARSE)
         if knots is epsilons:
             return values
         # The true worst case is convex in e^ε, so chords of an upper bound are above it.
@@ -248,6 +254,8 @@ class ProjectedGaussian:
         elif delta == 1:
             reason = f"no δ below 1 is proved at ε = {epsilon!r}."
         references = self.references
+        if not _has_rdp(self, adjacency):
+            references = (*references, "balle-subsampling-2018")
         if method == "rdp":
             references = (*references, "canonne-discrete-2020")
         return PrivacyBound(
@@ -262,19 +270,27 @@ class ProjectedGaussian:
 
     def _effective_noise(self, adjacency: Adjacency) -> float:
         """Noise in units of the largest norm by which V can move."""
-        refuse_unproved(self, adjacency)
+        _validate.choice("adjacency", adjacency, ADJACENCIES)
         return self.noise_multiplier / (2.0 if adjacency == "replace" else 1.0)
 
 
 def refuse_unproved(event: ProjectedGaussian, adjacency: Adjacency) -> None:
-    """Raise UnsupportedEventError for replace with sampling, ValueError for no adjacency."""
+    """Raise UnsupportedEventError where Rényi divergences have no proof: replace with sampling.
+
+    ValueError for no adjacency.
+    """
     _validate.choice("adjacency", adjacency, ADJACENCIES)
-    if adjacency == "replace" and event.sample_rate < 1:
+    if not _has_rdp(event, adjacency):
         raise UnsupportedEventError(
             "There is no proof for ProjectedGaussian with sample_rate < 1 under "
-            "adjacency='replace': the sampled formula is for adding or removing one record. Use "
+            "adjacency='replace' by Rényi divergences: the sampled formula is for adding or "
+            "removing one record. Use PldAccountant, which has a proof, or "
             "adjacency='add-remove'."
         )
+
+
+def _has_rdp(event: ProjectedGaussian, adjacency: Adjacency) -> bool:
+    return adjacency == "add-remove" or event.sample_rate == 1
 
 
 def _checked_layers(layers: object) -> tuple[tuple[int, int], ...]:

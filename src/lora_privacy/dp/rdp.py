@@ -73,7 +73,8 @@ def event_rdp(
         event: A plain, a Poisson-sampled or a projected Gaussian release.
         orders: Rényi orders, finite and > 1.
         adjacency: Under ``"replace"`` a plain Gaussian moves by 2C, twice the clip norm. The
-            formula of the sampled Gaussian is proved for ``"add-remove"`` only.
+            formula of the sampled Gaussian is proved for ``"add-remove"`` only;
+            ``PldAccountant`` takes it under both.
 
     Raises:
         UnsupportedEventError: There is no proof for this event under this adjacency.
@@ -301,5 +302,6 @@ def _refuse_unproved(event: Event, adjacency: Adjacency) -> None:
     if adjacency == "replace" and isinstance(event, SampledGaussian) and event.sample_rate < 1:
         raise UnsupportedEventError(
             "RdpAccountant has no proof for SampledGaussian under adjacency='replace': the "
-            "sampled formula is for adding or removing one record. Use adjacency='add-remove'."
+            "sampled formula is for adding or removing one record. Use PldAccountant, which has a "
+            "proof, or adjacency='add-remove'."
         )
