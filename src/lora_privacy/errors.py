@@ -3,21 +3,28 @@
 __all__ = [
     "AlreadyAdaptedError",
     "AttestationError",
+    "BudgetSpentError",
     "CalibrationError",
     "ConvergenceError",
     "DataError",
     "FolderInUseError",
+    "IsolationError",
+    "LedgerError",
     "LoraPrivacyError",
     "MissingPackageError",
     "NoTargetError",
     "NonFiniteError",
     "PrefixError",
     "ProbeError",
+    "StaleParameterError",
     "StalePrefixError",
     "StorageError",
+    "TrainingOrderError",
     "UnsupportedEventError",
     "UnsupportedLawError",
     "UnsupportedLayerError",
+    "UnsupportedTrainingError",
+    "WeightsUnmovedError",
 ]
 
 
@@ -87,3 +94,31 @@ class StalePrefixError(PrefixError):
 
 class StorageError(LoraPrivacyError):
     """A saved adapter is missing, damaged, or belongs to another model."""
+
+
+class UnsupportedTrainingError(LoraPrivacyError):
+    """A method, an optimiser or a data loader for which the privacy argument does not hold."""
+
+
+class TrainingOrderError(LoraPrivacyError):
+    """Batches, backward passes and steps came in an order that the accounting does not cover."""
+
+
+class BudgetSpentError(LoraPrivacyError):
+    """All steps that the privacy target pays for are taken."""
+
+
+class StaleParameterError(LoraPrivacyError):
+    """The optimizer holds parameters that the model does not use any more."""
+
+
+class IsolationError(LoraPrivacyError):
+    """The gradient of one sample depends on another one, so that clipping bounds nothing."""
+
+
+class WeightsUnmovedError(LoraPrivacyError):
+    """A step that should have moved weights left them as they were."""
+
+
+class LedgerError(LoraPrivacyError):
+    """A ledger of private steps is damaged, or belongs to another mechanism."""

@@ -108,6 +108,67 @@ def test_dense_gradient_is_never_formed() -> None:
     assert layer.expand.weight.grad is not None
 
 
+class Undrawn:
+    """A projection that must not be asked for."""
+
+    def matrix(self, *args: object) -> torch.Tensor:
+        raise AssertionError("A was drawn")
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_idle_layer_is_its_base(kind: str, dtype: torch.dtype) -> None:
+    """B frozen, or gradients off: output and input gradient as before, and A is not drawn.
+
+    Oracle: the same layer with its compressed branch, bit for bit.
+    """
+    layer = make(kind, dtype)
+    x, y = batch(1, dtype)
+    inputs = x.clone().requires_grad_()
+    active = layer(inputs)
+    expected = torch.autograd.grad((torch.tanh(active) - y).square().sum(), inputs)[0]
+    idle = make(kind, dtype)
+    idle.projection = Undrawn()
+    with torch.no_grad():
+        assert torch.equal(idle(x), active)
+    with pytest.raises(AssertionError, match="A was drawn"):
+        idle(x)
+    idle.expand.weight.requires_grad_(False)
+    output = idle(inputs)
+    assert output.dtype == active.dtype == dtype
+    assert torch.equal(output, active)
+    loss = (torch.tanh(output) - y).square().sum()
+    assert torch.equal(torch.autograd.grad(loss, inputs)[0], expected)
+    assert all(parameter.grad is None for parameter in idle.parameters())
+
+
+def test_an_idle_pass_changes_no_later_one() -> None:
+    """Evaluation between the steps, and B frozen for a while, leave the same weights."""
+    layer, twin = make(), make()
+    for step in range(3):
+        with torch.no_grad():
+            layer(next(batch(40 + step)))
+        layer.expand.weight.requires_grad_(False)
+        layer(next(batch(50 + step)))
+        layer.expand.weight.requires_grad_(True)
+        for module in (layer, twin):
+            loss_of(module, *batch(step)).backward()
+            sgd_step(module, RATE)
+    assert torch.equal(rows(layer), rows(twin))
+
+
+def test_a_moved_b_is_reported_in_an_idle_pass() -> None:
+    """An evaluation without the branch would differ from the training that B took part in."""
+    layer = make()
+    with torch.no_grad():
+        layer.expand.weight[0, 0] = 1.0
+        with pytest.raises(LoraPrivacyError, match="must stay 0"):
+            layer(next(batch(0)))
+    layer.expand.weight.requires_grad_(False)
+    with pytest.raises(LoraPrivacyError, match="must stay 0"):
+        layer(next(batch(0)))
+
+
 def test_accumulation_over_a_cycle_is_the_sum() -> None:
     """Three micro-batches in one cycle: −η Σ G_i AᵀA with one A."""
     layer = make()

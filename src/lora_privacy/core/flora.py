@@ -152,6 +152,8 @@ class FLoRALinear(nn.Module):
             result = torch.nn.functional.linear(x, weight.T, self.bias)
         else:
             result = torch.nn.functional.linear(x, weight, self.bias)
+        if not (probe.requires_grad and torch.is_grad_enabled()):
+            return result  # the other branch adds 0, for the sake of its gradient only
         compressed = torch.nn.functional.linear(x.to(probe.dtype), self.a()) * self.scaling
         return (result + self.expand(compressed)).to(result.dtype)
 

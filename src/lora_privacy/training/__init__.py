@@ -1,0 +1,56 @@
+"""Private fine-tuning: clipping, noise, accounting and guards around an ordinary loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_privacy._lazy import attach
+
+if TYPE_CHECKING:
+    from lora_privacy.training.clipping import (
+        AutomaticClipping,
+        FlatClipping,
+        LayerClipping,
+        RowScaling,
+        clipped_sums,
+        sample_norms,
+    )
+    from lora_privacy.training.engine import PrivateTraining, make_private
+    from lora_privacy.training.guard import WeightDeltaGuard, preflight
+    from lora_privacy.training.privacy import NoiseMultiplier, TargetEpsilon
+    from lora_privacy.training.recorder import SampleRecorder
+
+__all__ = [
+    "AutomaticClipping",
+    "FlatClipping",
+    "LayerClipping",
+    "NoiseMultiplier",
+    "PrivateTraining",
+    "RowScaling",
+    "SampleRecorder",
+    "TargetEpsilon",
+    "WeightDeltaGuard",
+    "clipped_sums",
+    "make_private",
+    "preflight",
+    "sample_norms",
+]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "AutomaticClipping": "clipping",
+        "FlatClipping": "clipping",
+        "LayerClipping": "clipping",
+        "NoiseMultiplier": "privacy",
+        "PrivateTraining": "engine",
+        "RowScaling": "clipping",
+        "SampleRecorder": "recorder",
+        "TargetEpsilon": "privacy",
+        "WeightDeltaGuard": "guard",
+        "clipped_sums": "clipping",
+        "make_private": "engine",
+        "preflight": "guard",
+        "sample_norms": "clipping",
+    },
+)

@@ -1,0 +1,269 @@
+"""Checkpoints to go on from, and releases to give away. Safetensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lora_privacy import _validate
+from lora_privacy.core import FLoRALinear, LoRALinear, save_flora, save_peft
+from lora_privacy.errors import LedgerError, StorageError
+from lora_privacy.training.randomness import KEY_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lora_privacy.dp import PrivacyBound
+    from lora_privacy.training.ledger import Ledger
+
+__all__ = ["LEDGER", "PRIVATE", "STATE", "SavedState", "load", "release", "save"]
+
+STATE = "training_state.safetensors"
+LEDGER = "ledger.jsonl"
+PRIVATE = "private"
+BOUND = "privacy.json"
+_KEY = "key.hex"
+_FORMAT = "lora-privacy training"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """What a checkpoint says beside its tensors.
+
+    Attributes:
+        noise_multiplier: z.
+        budget: Steps that the target pays for, in all; None without a target.
+        step: Steps taken.
+        charged: Steps in the ledger when it was saved.
+        ledger: Their digest.
+    """
+
+    noise_multiplier: float
+    budget: int | None
+    step: int
+    charged: int
+    ledger: str
+
+    @staticmethod
+    def key(folder: Path) -> bytes:
+        """Key of the randomness; StorageError when it is missing or damaged."""
+        path = folder / PRIVATE / _KEY
+        try:
+            key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{path} holds no key: {error}.") from error
+        if len(key) != KEY_BYTES:
+            raise StorageError(f"{path} must hold {KEY_BYTES} bytes, got {len(key)}.")
+        return key
+
+    def restore_generator(self, folder: Path) -> None:
+        """Put torch's global generator, which dropout draws from, where it was."""
+        torch.set_rng_state(_read(_generator(folder, self.step))[0]["state"])
+
+
+def save(
+    folder: Path,
+    *,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    facts: dict[str, Any],
+    key: bytes | None,
+) -> Path:
+    """Write a checkpoint; the file with the tensors is replaced in one move.
+
+    Args:
+        folder: Made if absent.
+        optimizer: Its state goes along.
+        parameters: Path -> trained parameter.
+        facts: What ``load`` compares and returns.
+        key: Key of the randomness, for a deterministic training; it goes into ``private``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if key is not None:
+        private = folder / PRIVATE
+        private.mkdir(mode=0o700, exist_ok=True)
+        _write_private(private / _KEY, key.hex())
+        state: dict[str, Tensor] = {"state": torch.get_rng_state()}
+        # By step, so that a crash leaves the one that fits the state.
+        _write(_generator(folder, facts["step"]), state, {})
+    tensors = {f"weight.{path}": parameter.detach() for path, parameter in parameters.items()}
+    groups: list[dict[str, Any]] = []
+    state_dict = optimizer.state_dict()
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, entries in state_dict["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach()
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    for group in state_dict["param_groups"]:
+        groups.append({name: _plain(name, value) for name, value in group.items()})
+    _write(
+        folder / STATE,
+        tensors,
+        {**facts, "format": _FORMAT, "version": _VERSION, "groups": groups, "numbers": numbers},
+    )
+    for old in (folder / PRIVATE).glob("generator-*.safetensors"):
+        if old != _generator(folder, facts["step"]):
+            old.unlink()
+    return folder
+
+
+def load(
+    folder: Path,
+    *,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    settings: dict[str, Any],
+    ledger: Ledger,
+) -> SavedState:
+    """Put a checkpoint into the parameters and the optimizer, **in place**.
+
+    Nothing is changed when an error is raised.
+
+    Raises:
+        StorageError: The file is missing, damaged, of other settings or of another model.
+        LedgerError: ``ledger`` does not begin with the steps of the checkpoint.
+    """
+    path = folder / STATE
+    tensors, facts = _read(path)
+    if facts.get("format") != _FORMAT or facts.get("version") != _VERSION:
+        raise StorageError(f"{path} is no checkpoint of a private training.")
+    saved = facts["settings"]
+    wanted = json.loads(json.dumps(settings))
+    differing = [key for key in wanted if saved.get(key) != wanted[key]]
+    if differing:
+        key = differing[0]
+        raise StorageError(
+            f"The checkpoint in {folder} is of a training with {key} = {saved.get(key)!r}, this "
+            f"one has {wanted[key]!r}. Resume with the same arguments, or begin anew."
+        )
+    found = SavedState(
+        noise_multiplier=float(facts["noise_multiplier"]),
+        budget=facts["budget"],
+        step=_validate.integer("step", facts["step"], 0),
+        charged=_validate.integer("charged", facts["charged"], 0),
+        ledger=facts["ledger"],
+    )
+    if len(ledger) < found.charged or ledger.digest(found.charged) != found.ledger:
+        raise LedgerError(
+            f"{ledger.path} does not begin with the {found.charged} steps that were taken when "
+            f"{folder} was saved: it is the ledger of another training, or has lost steps."
+        )
+    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+    if {k: tuple(v.shape) for k, v in weights.items()} != {
+        k: tuple(p.shape) for k, p in parameters.items()
+    }:
+        raise StorageError(
+            f"The checkpoint in {folder} has other trained parameters than the model: "
+            f"{sorted(set(weights) ^ set(parameters))[:5] or 'other shapes'}."
+        )
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    for index, entries in facts["numbers"].items():
+        state.setdefault(int(index), {}).update(entries)
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+    except ValueError as error:
+        raise StorageError(f"The optimizer is not the one of {folder}: {error}") from error
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return found
+
+
+def release(
+    folder: Path, *, model: nn.Module, parameters: dict[str, nn.Parameter], bound: PrivacyBound
+) -> Path:
+    """Write the trained weights and the bound, and nothing private.
+
+    LoRA adapters of either library come in peft's format, FLoRA as ``save_flora`` stores it,
+    anything else as ``trained.safetensors``.
+
+    Raises:
+        ValueError: The folder is a checkpoint.
+    """
+    for name in (PRIVATE, STATE, LEDGER):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder} holds {name} of a checkpoint, which must not leave the machine; "
+                "release into a folder of its own."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(bound.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    _replace(folder / BOUND, text.encode("utf-8"))
+    kinds = {type(module) for module in model.modules()}
+    if FLoRALinear in kinds:
+        save_flora(model, folder)
+    elif LoRALinear in kinds:
+        save_peft(model, folder)
+    elif hasattr(model, "peft_config"):
+        model.save_pretrained(str(folder), safe_serialization=True)  # pyright: ignore
+    else:
+        tensors = {path: parameter.detach() for path, parameter in parameters.items()}
+        _write(folder / "trained.safetensors", tensors, {})
+    return folder
+
+
+def _generator(folder: Path, step: int) -> Path:
+    return folder / PRIVATE / f"generator-{step}.safetensors"
+
+
+def _plain(name: str, value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, torch.Tensor):
+        value = value.item()  # a learning rate may be a tensor
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        raise StorageError(
+            f"The optimizer's {name} = {value!r} cannot be stored as JSON, and nothing is pickled."
+        ) from None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    # safetensors refuses tensors that share or skip memory.
+    whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    temporary = path.with_name(path.name + ".part")
+    save_file(whole, str(temporary), metadata={"facts": json.dumps(facts)})
+    _sync_and_move(temporary, path)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(data)
+    _sync_and_move(temporary, path)
+
+
+def _write_private(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    _sync_and_move(temporary, path)
+
+
+def _sync_and_move(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads((file.metadata() or {})["facts"])
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,227 @@
+"""What each private method needs of model and optimizer, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import nn
+
+from lora_privacy import _validate
+from lora_privacy.core import FLoRALinear, LoRALinear, adapters
+from lora_privacy.core.peft import is_peft_layer, peft_config
+from lora_privacy.errors import (
+    NoTargetError,
+    StaleParameterError,
+    UnsupportedTrainingError,
+)
+from lora_privacy.training.freshness import FreshProjections
+
+if TYPE_CHECKING:
+    from lora_privacy.core import Adapter
+    from lora_privacy.training.clipping import ClippingName, Transform
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "check_optimizer",
+    "known_adapters",
+    "prepare",
+    "refuse_joined_samples",
+]
+
+Method = Literal["dp-lora", "dp-lora-fa", "dp-flora", "dp-sgd"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# Initialisations of peft that look at training data before any noise.
+_DATA_READING = ("eva", "corda", "lora_ga", "loraga", "lora-ga")
+_HAAR = ("gaussian", "orthonormal")
+
+
+def prepare(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    *,
+    transform: Transform | None,
+    clipping: ClippingName,
+) -> FreshProjections | None:
+    """Check that ``method`` fits, freeze what it does not train, **in place**.
+
+    Returns:
+        The projections of ``"dp-flora"``; None for the other methods.
+
+    Raises:
+        UnsupportedTrainingError: The method does not cover this model or optimizer.
+        UnsupportedLayerError: An adapter of peft is not plain LoRA.
+        StaleParameterError: The optimizer holds parameters that the model does not have.
+    """
+    _validate.choice("method", method, METHODS)
+    refuse_joined_samples(model)
+    found = known_adapters(model)
+    _refuse_data_reading(model, found)
+    fresh = None
+    if method in ("dp-lora", "dp-lora-fa"):
+        _prepare_lora(method, found)
+    elif method == "dp-flora":
+        fresh = _prepare_flora(model, optimizer, found, transform, clipping)
+    elif any(adapter.kind == "flora" for adapter in found.values()):
+        raise UnsupportedTrainingError(
+            "method='dp-sgd' trains dense weights as they are; FLoRA layers are for "
+            "method='dp-flora'."
+        )
+    check_optimizer(model, optimizer)
+    return fresh
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """See that the optimizer holds the trained parameters of ``model``.
+
+    Raises:
+        StaleParameterError: It holds others, or lacks one.
+    """
+    own = {id(parameter): path for path, parameter in model.named_parameters()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    foreign = held - set(own)
+    if foreign:
+        raise StaleParameterError(
+            f"{len(foreign)} parameters of the optimizer are not in the model, which was moved, "
+            "converted or wrapped after the optimizer was made: training would move copies. Make "
+            "the optimizer from model.parameters() last."
+        )
+    inside = {
+        id(layer.expand.weight) for layer in model.modules() if isinstance(layer, FLoRALinear)
+    }
+    missing = [
+        path
+        for path, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in held | inside
+    ]
+    if missing:
+        raise StaleParameterError(
+            f"The optimizer lacks the trained parameters {', '.join(missing[:5])}: they would be "
+            "clipped for and never move. Give them to the optimizer, or freeze them."
+        )
+
+
+def _prepare_lora(method: Method, found: dict[str, Adapter]) -> None:
+    if not found or any(adapter.kind == "flora" for adapter in found.values()):
+        raise UnsupportedTrainingError(
+            f"method={method!r} needs LoRA adapters: adapt(model, rank, method="
+            f"'{method.removeprefix('dp-')}', …) or peft.get_peft_model. For a model without "
+            "adapters take method='dp-sgd'."
+        )
+    for name, adapter in found.items():
+        layer = adapter.layer
+        if isinstance(layer, LoRALinear):
+            if layer.merged:
+                raise UnsupportedTrainingError(f"{name!r} is merged; call unmerge() first.")
+            a = layer.project.weight
+        else:
+            a = layer.lora_A[adapter.adapter_name].weight  # pyright: ignore
+        if method == "dp-lora-fa":
+            a.requires_grad_(False)
+        elif not a.requires_grad:
+            raise UnsupportedTrainingError(
+                f"A of {name!r} is frozen; method='dp-lora-fa' trains B alone."
+            )
+
+
+def _prepare_flora(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    found: dict[str, Adapter],
+    transform: Transform | None,
+    clipping: ClippingName,
+) -> FreshProjections:
+    layers = {n: a.layer for n, a in found.items() if isinstance(a.layer, FLoRALinear)}
+    if not layers or len(layers) < len(found):
+        raise UnsupportedTrainingError(
+            "method='dp-flora' needs adapt(model, rank, method='flora', law='orthonormal', "
+            "targets=…), with the head among the targets."
+        )
+    laws = {layer.projection.law for layer in layers.values()}
+    if len(laws) > 1 or not laws <= set(_HAAR):
+        raise UnsupportedTrainingError(
+            f"A of law {', '.join(sorted(laws))}: the row space must be uniform (Haar) for the "
+            "projection to amplify; adapt with law='orthonormal' or law='gaussian' for all layers."
+        )
+    for name, layer in layers.items():
+        if layer.rank > layer.in_features:
+            raise UnsupportedTrainingError(
+                f"rank {layer.rank} exceeds the {layer.in_features} inputs of {name!r}."
+            )
+        if layer.resample_every != 1:
+            raise UnsupportedTrainingError(
+                f"{name!r} keeps an A for {layer.resample_every} steps; only a fresh A at every "
+                "step amplifies. Adapt with resample_every=1."
+            )
+    if transform is not None:
+        raise UnsupportedTrainingError(
+            "method='dp-flora' takes no transform: one that looks at A, as row scaling does, "
+            "voids the amplification, and this cannot be told from outside. Use dp-lora-fa."
+        )
+    if clipping == "per-layer":
+        raise UnsupportedTrainingError(
+            "method='dp-flora' clips the norm of the whole gradient; take clipping='flat' or "
+            "'automatic'."
+        )
+    if type(optimizer) is not torch.optim.SGD:
+        raise UnsupportedTrainingError(
+            f"method='dp-flora' needs torch.optim.SGD, with or without momentum, got "
+            f"{type(optimizer).__name__}. Every step has another A, so moments cannot be kept "
+            "compressed: Adam's two would lie in full size beside every weight."
+        )
+    own = {id(layer.weight) for layer in layers.values()}
+    own |= {id(layer.expand.weight) for layer in layers.values()}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        raise UnsupportedTrainingError(
+            f"{', '.join(others[:5])} would be trained without a projection, which amplifies "
+            "nothing for them. Name their layers among the targets of adapt, or freeze them "
+            "(biases and norms always)."
+        )
+    for layer in layers.values():
+        # Gradients are taken from the taps: the compressed branch of the forward pass is idle.
+        layer.expand.weight.requires_grad_(False)
+    return FreshProjections(layers)
+
+
+def known_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Path -> adapter; empty for a model without any."""
+    try:
+        return adapters(model)
+    except NoTargetError:
+        return {}
+
+
+def refuse_joined_samples(model: nn.Module) -> None:
+    """Raise UnsupportedTrainingError when ``model`` holds a batch norm."""
+    for name, module in model.named_modules():
+        kind = nn.modules.batchnorm._NormBase  # pyright: ignore[reportPrivateUsage]
+        joins = isinstance(module, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]
+        if joins or (isinstance(module, kind) and module.track_running_stats):
+            raise UnsupportedTrainingError(
+                f"{name!r} is a {type(module).__name__}: it joins the samples of a batch or keeps "
+                "their statistics without noise, so that clipping one gradient does not bound "
+                "what one sample does. Replace it by a group or layer norm."
+            )
+
+
+def _refuse_data_reading(model: nn.Module, found: dict[str, Adapter]) -> None:
+    names = {adapter.adapter_name for adapter in found.values() if adapter.adapter_name}
+    for name in names:
+        config = peft_config(model, name)
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.lower() in _DATA_READING:
+            raise UnsupportedTrainingError(
+                f"init_lora_weights={init!r} computes A from training data before any noise; take "
+                "True, 'gaussian' or an initialisation from weights."
+            )
+    for name, module in model.named_modules():
+        # Layers of peft that adapters() passes over, such as trainable token indices.
+        if is_peft_layer(module) and not type(module).__module__.startswith("peft.tuners.lora"):
+            raise UnsupportedTrainingError(
+                f"{name!r} is a {type(module).__name__} of peft; only plain LoRA on linear maps "
+                "has per-sample gradients here."
+            )
