@@ -23,7 +23,7 @@ LENGTHS = [9, 4, 7, 9, 2, 5]
 FAMILIES = ["bert", "gpt2", "llama"]
 
 
-def tiny(family: str, blocks: int = 3, **options: Any) -> nn.Module:  # noqa: ANN401
+def tiny(family: str, blocks: int = 3, **options: Any) -> nn.Module:
     """A model with random weights from a fixed seed, in evaluation mode."""
     t = transformers
     sizes = {"hidden_size": 16, "num_hidden_layers": blocks, "intermediate_size": 32}
@@ -52,7 +52,7 @@ def tiny(family: str, blocks: int = 3, **options: Any) -> nn.Module:  # noqa: AN
         return t.LlamaForCausalLM(config).eval()
 
 
-def lora(model: nn.Module, first: int, blocks: int = 3, **options: Any) -> nn.Module:  # noqa: ANN401
+def lora(model: nn.Module, first: int, blocks: int = 3, **options: Any) -> nn.Module:
     """Adapt the blocks from ``first`` on, with every B away from 0."""
     adapt(model, 4, targets=TARGETS, layers=list(range(first, blocks)), seed=7, **options)
     rng = torch.Generator().manual_seed(11)

@@ -45,7 +45,7 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def lora(model: nn.Module, targets: str = ".*", rank: int = 3, **options: Any) -> nn.Module:  # noqa: ANN401
+def lora(model: nn.Module, targets: str = ".*", rank: int = 3, **options: Any) -> nn.Module:
     """Adapt ``model`` and move every B away from 0, so that A matters to the forward pass."""
     adapt(model, rank, targets=targets, seed=7, alpha=2.0 * rank, **options)
     rng = torch.Generator().manual_seed(11)
@@ -55,7 +55,7 @@ def lora(model: nn.Module, targets: str = ".*", rank: int = 3, **options: Any) -
     return model
 
 
-def net(conv1d: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:  # noqa: ANN401
+def net(conv1d: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """Two adapted maps."""
     return lora(Net(conv1d).to(dtype), "first|second", **options)
 
@@ -199,7 +199,7 @@ def test_gradient_under_plain_checkpointing(reentrant: bool) -> None:
     probe_and_compare(model, loss)
 
 
-def tiny(family: str, **options: Any) -> nn.Module:  # noqa: ANN401
+def tiny(family: str, **options: Any) -> nn.Module:
     """A model of two blocks with random weights from a fixed seed."""
     t = transformers
     configs = {

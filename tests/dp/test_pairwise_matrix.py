@@ -175,7 +175,7 @@ def test_other_arguments_are_checked() -> None:
         SketchRelease(V.T, W.T, 4).epsilon(0.0)
 
 
-def moment(p: Any, q: Any, order: float) -> float:  # noqa: ANN401
+def moment(p: Any, q: Any, order: float) -> float:
     """∫ p^α q^{1-α} over the line."""
 
     def integrand(x: float) -> float:
