@@ -44,6 +44,8 @@ class SavedState:
         step: Steps taken.
         charged: Steps in the ledger when it was saved.
         ledger: Their digest.
+        key: Key of the randomness of a deterministic training.
+        generator: State of torch's global generator, which dropout draws from, in such a training.
     """
 
     noise_multiplier: float
@@ -51,22 +53,8 @@ class SavedState:
     step: int
     charged: int
     ledger: str
-
-    @staticmethod
-    def key(folder: Path) -> bytes:
-        """Key of the randomness; StorageError when it is missing or damaged."""
-        path = folder / PRIVATE / _KEY
-        try:
-            key = bytes.fromhex(path.read_text(encoding="ascii").strip())
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{path} holds no key: {error}.") from error
-        if len(key) != KEY_BYTES:
-            raise StorageError(f"{path} must hold {KEY_BYTES} bytes, got {len(key)}.")
-        return key
-
-    def restore_generator(self, folder: Path) -> None:
-        """Put torch's global generator, which dropout draws from, where it was."""
-        torch.set_rng_state(_read(_generator(folder, self.step))[0]["state"])
+    key: bytes | None
+    generator: Tensor | None
 
 
 def save(
@@ -124,6 +112,7 @@ def load(
     parameters: dict[str, nn.Parameter],
     settings: dict[str, Any],
     ledger: Ledger,
+    deterministic: bool,
 ) -> SavedState:
     """Put a checkpoint into the parameters and the optimizer, **in place**.
 
@@ -146,10 +135,13 @@ def load(
             f"The checkpoint in {folder} is of a training with {key} = {saved.get(key)!r}, this "
             f"one has {wanted[key]!r}. Resume with the same arguments, or begin anew."
         )
+    step = _validate.integer("step", facts["step"], 0)
     found = SavedState(
+        key=_key(folder) if deterministic else None,
+        generator=_read(_generator(folder, step))[0]["state"] if deterministic else None,
         noise_multiplier=float(facts["noise_multiplier"]),
         budget=facts["budget"],
-        step=_validate.integer("step", facts["step"], 0),
+        step=step,
         charged=_validate.integer("charged", facts["charged"], 0),
         ledger=facts["ledger"],
     )
@@ -214,6 +206,17 @@ def release(
         tensors = {path: parameter.detach() for path, parameter in parameters.items()}
         _write(folder / "trained.safetensors", tensors, {})
     return folder
+
+
+def _key(folder: Path) -> bytes:
+    path = folder / PRIVATE / _KEY
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} holds no key: {error}.") from error
+    if len(key) != KEY_BYTES:
+        raise StorageError(f"{path} must hold {KEY_BYTES} bytes, got {len(key)}.")
+    return key
 
 
 def _generator(folder: Path, step: int) -> Path:

@@ -4,6 +4,9 @@
 batches. A backward pass then leaves nothing in ``.grad``; ``optimizer.step()`` enters the step in
 the ledger, puts the clipped and noised gradient there, and moves the weights. Any other optimizer
 finds no gradient and moves nothing.
+
+The class is long because the order of its calls is what the accounting rests on: it is kept in one
+place.
 """
 
 from __future__ import annotations
@@ -276,15 +279,17 @@ class PrivateTraining:
             for key, parameter in tap.parameters.items()
         }
         self._handles: list[RemovableHandle] = []
+        if fresh is not None:
+            fresh.draw = lambda: self._randomness.seed("projection", self._step)
 
     @property
     def noise_multiplier(self) -> float:
-        """Z."""
+        """Z = σ/C."""
         return self._noise_multiplier
 
     @property
     def sample_rate(self) -> float:
-        """Q."""
+        """q, the probability with which a record takes part in a step."""
         return self._sample_rate
 
     @property
@@ -390,6 +395,8 @@ class PrivateTraining:
         self._recorder.clear()
         while self._handles:
             self._handles.pop().remove()
+        if self._fresh is not None:
+            self._fresh.close()
         self._ledger.close()
 
     def start(self) -> int:
@@ -400,12 +407,12 @@ class PrivateTraining:
         """
         self._recorder.clear()
         self._sums, self._micro, self._absorbed = {}, None, True
-        if self._fresh is not None:
-            self._fresh.end_step()
         for parameter in self._parameters.values():
             parameter.grad = None
         if not self._deterministic:
             self._step = max(self._step, self._ledger.reached(self._run))
+        if self._fresh is not None:
+            self._fresh.end_step()
         self._iteration += 1
         return self._iteration
 
@@ -470,13 +477,14 @@ class PrivateTraining:
             parameters=self._parameters,
             settings=self._settings(),
             ledger=self._ledger,
+            deterministic=self._deterministic,
         )
         self._noise_multiplier, self._budget = state.noise_multiplier, state.budget
         self._step = state.step
-        if self._deterministic:
-            self._randomness = KeyedRandomness(state.key(folder))
+        if state.key is not None and state.generator is not None:
+            self._randomness = KeyedRandomness(state.key)
             self._run = run_name(self._randomness)
-            state.restore_generator(folder)
+            torch.set_rng_state(state.generator)
         if self._fresh is not None:
             self._fresh.end_step()
 
@@ -549,14 +557,7 @@ class PrivateTraining:
     def _projected_sum(self, tap: LayerTap, key: str, weights: Tensor) -> Tensor:
         assert self._fresh is not None
         # A is drawn here at the latest, after the pass it is applied to.
-        return tap.samples[key].projected(weights, self._fresh.a(tap.name, self._draw()))
-
-    def _draw(self) -> int:
-        """Seed of this step's projections, drawn once a step."""
-        assert self._fresh is not None
-        if self._fresh.seed is None:
-            self._fresh.seed = self._randomness.seed("projection", self.step)
-        return self._fresh.seed
+        return tap.samples[key].projected(weights, self._fresh.a(tap.name))
 
     def _before_step(
         self,
@@ -634,9 +635,7 @@ class PrivateTraining:
             turn = len(self._ledger)
             if earlier is not None and earlier.attestation is not None:
                 turn = earlier.attestation.step
-            attestation = self._fresh.attest(
-                turn, self._draw(), all_projected=self._all_projected()
-            )
+            attestation = self._fresh.attest(turn, all_projected=self._all_projected())
         self._ledger.charge(
             Release(
                 run=self._run,
@@ -668,8 +667,8 @@ class PrivateTraining:
                 layer = self._fresh.layers[name]
                 shape = (layer.out_features, layer.rank)
                 noise = self._normal(shape, path, digest, parameter) * std
-                total = self._fresh.release(name, total, noise, self._draw())
-                total = self._fresh.decompress(name, total, self._draw())
+                total = self._fresh.release(name, total, noise)
+                total = self._fresh.decompress(name, total)
             gradient = (total / self.expected_batch_size).to(parameter.dtype)
             if self._denoiser is not None:
                 gradient = self._denoiser(path, gradient, std / self.expected_batch_size)
