@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -13,11 +13,15 @@ from lora_privacy.core.peft import is_peft_layer, peft_config
 from lora_privacy.errors import (
     NoTargetError,
     StaleParameterError,
+    UnsupportedLayerError,
     UnsupportedTrainingError,
 )
 from lora_privacy.training.freshness import FreshProjections
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
     from lora_privacy.core import Adapter
     from lora_privacy.training.clipping import ClippingName, Transform
 
@@ -28,14 +32,22 @@ __all__ = [
     "known_adapters",
     "prepare",
     "refuse_joined_samples",
+    "refuse_packing",
 ]
 
 Method = Literal["dp-lora", "dp-lora-fa", "dp-flora", "dp-sgd"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
-# Initialisations of peft that look at training data before any noise.
+# How the names of peft's initialisations begin that look at training data before any noise.
 _DATA_READING = ("eva", "corda", "lora_ga", "loraga", "lora-ga")
 _HAAR = ("gaussian", "orthonormal")
+# Wrappers of torch that exchange gradients between processes or copies of the model.
+_PARALLEL = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+}
 
 
 def prepare(
@@ -57,9 +69,12 @@ def prepare(
         StaleParameterError: The optimizer holds parameters that the model does not have.
     """
     _validate.choice("method", method, METHODS)
+    _refuse_wrappers(model, optimizer)
     refuse_joined_samples(model)
+    _refuse_target_parameters(model)
     found = known_adapters(model)
-    _refuse_data_reading(model, found)
+    _refuse_initialisations(model, found)
+    _refuse_idle(found, method)
     fresh = None
     if method in ("dp-lora", "dp-lora-fa"):
         _prepare_lora(method, found)
@@ -112,13 +127,12 @@ def _prepare_lora(method: Method, found: dict[str, Adapter]) -> None:
             "adapters take method='dp-sgd'."
         )
     for name, adapter in found.items():
-        layer = adapter.layer
-        if isinstance(layer, LoRALinear):
-            if layer.merged:
-                raise UnsupportedTrainingError(f"{name!r} is merged; call unmerge() first.")
-            a = layer.project.weight
-        else:
-            a = layer.lora_A[adapter.adapter_name].weight  # pyright: ignore
+        a, b = _factors(adapter)
+        if not b.requires_grad:
+            raise UnsupportedTrainingError(
+                f"B of {name!r} is frozen, so that the adapter would not be trained. Load it with "
+                "PeftModel.from_pretrained(…, is_trainable=True), or call set_adapter."
+            )
         if method == "dp-lora-fa":
             a.requires_grad_(False)
         elif not a.requires_grad:
@@ -208,20 +222,101 @@ def refuse_joined_samples(model: nn.Module) -> None:
             )
 
 
-def _refuse_data_reading(model: nn.Module, found: dict[str, Adapter]) -> None:
+def refuse_packing(loader: DataLoader[Any]) -> None:
+    """Raise UnsupportedTrainingError when ``loader`` joins the records of a batch in one row."""
+    collate = cast("Any", loader.collate_fn)
+    classes = [t.__name__ for t in type(collate).__mro__]
+    # trl's collators flatten when they are told to be free of padding.
+    if "DataCollatorWithFlattening" in classes or getattr(collate, "padding_free", False):
+        raise UnsupportedTrainingError(
+            f"The loader's collate_fn is a {classes[0]}, which joins the records of a batch in "
+            "one row, where their gradients cannot be told apart. Pad, one record a row, as "
+            "DataCollatorWithPadding and DataCollatorForSeq2Seq do."
+        )
+
+
+def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """The parameters A and B of a LoRA layer."""
+    if isinstance(adapter.layer, LoRALinear):
+        return adapter.layer.project.weight, adapter.layer.expand.weight
+    layer, name = cast("Any", adapter.layer), adapter.adapter_name
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _refuse_wrappers(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    # By name: none of the packages need be installed, nor the modules of torch imported.
+    for path, module in model.named_modules():
+        where = f"{path!r}" if path else "The model"
+        classes = type(module).__mro__
+        parallel = [t.__name__ for t in classes if t.__module__.split(".")[0] == "torch"]
+        parallel = [name for name in parallel if name in _PARALLEL]
+        if parallel:
+            raise UnsupportedTrainingError(
+                f"{where} is wrapped in {parallel[0]}, which is not covered yet: one process "
+                "trains one copy of the model. Pass the model inside."
+            )
+        wrapped = any(t.__module__.startswith("opacus.grad_sample") for t in classes)
+        # What Opacus plants on a model that it hooks without a wrapper.
+        if wrapped or "autograd_grad_sample_hooks" in vars(module):
+            raise UnsupportedTrainingError(
+                f"{where} carries the hooks of Opacus ({type(module).__name__}), which clip and "
+                "name its parameters in another way. Pass the plain model: make_private needs no "
+                "wrapper."
+            )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise UnsupportedTrainingError(
+            f"The optimizer is a {type(optimizer).__name__}, a wrapper whose step calls no hooks "
+            "of torch. Pass the one inside: .original_optimizer of Opacus, .optimizer of "
+            "accelerate."
+        )
+
+
+def _refuse_target_parameters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if is_peft_layer(module) and any(
+            t.__name__ == "ParamWrapper" for t in type(module).__mro__
+        ):
+            raise UnsupportedLayerError(
+                f"{name!r} is adapted by peft's target_parameters, which adds B A to the weight "
+                "itself: samples cannot be told apart there. Name linear layers in target_modules."
+            )
+
+
+def _refuse_initialisations(model: nn.Module, found: dict[str, Adapter]) -> None:
     names = {adapter.adapter_name for adapter in found.values() if adapter.adapter_name}
     for name in names:
         config = peft_config(model, name)
         init = getattr(config, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower() in _DATA_READING:
+        if not isinstance(init, str):
+            continue
+        if init.lower().startswith(_DATA_READING):
             raise UnsupportedTrainingError(
                 f"init_lora_weights={init!r} computes A from training data before any noise; take "
                 "True, 'gaussian' or an initialisation from weights."
             )
-    for name, module in model.named_modules():
-        # Layers of peft that adapters() passes over, such as trainable token indices.
-        if is_peft_layer(module) and not type(module).__module__.startswith("peft.tuners.lora"):
+        if init.startswith("pissa_niter"):
             raise UnsupportedTrainingError(
-                f"{name!r} is a {type(module).__name__} of peft; only plain LoRA on linear maps "
-                "has per-sample gradients here."
+                f"init_lora_weights={init!r} changes the base by a random decomposition, so that "
+                "the adapter fits no other copy of it: peft, loading a release, and a resumed run "
+                "would draw another one. Take 'pissa', which is exact."
+            )
+
+
+def _refuse_idle(found: dict[str, Adapter], method: Method) -> None:
+    """Refuse trained adapters that the forward pass goes around: they would take noise alone."""
+    for name, adapter in found.items():
+        if adapter.kind == "flora":
+            continue
+        if method == "dp-sgd" and not any(f.requires_grad for f in _factors(adapter)):
+            continue  # part of a frozen base
+        layer = cast("Any", adapter.layer)
+        if layer.merged:
+            raise UnsupportedTrainingError(
+                f"{name!r} is merged into its base, and A and B are not used; call unmerge() "
+                "(peft: unmerge_adapter()) first."
+            )
+        if getattr(layer, "disable_adapters", False):
+            raise UnsupportedTrainingError(
+                f"{name!r} is disabled, and A and B are not used; call enable_adapter_layers() "
+                "first."
             )
