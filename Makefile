@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format types layers unit bench soundness clean help
+.PHONY: demo test examples lint format types layers unit bench soundness clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,6 +21,11 @@ demo: $(STAMPS)/install $(STAMPS)/demo-model  ## fine-tune, measure and report o
 	@echo "== the report is reports/demo/report.html, its numbers are reports/demo/report.json"
 
 test: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm lint types layers unit  ## everything that CI checks
+
+examples: $(STAMPS)/install $(STAMPS)/demo-model  ## train privately by LoRA and by FLoRA, in five minutes; not part of CI
+	rm -rf reports/examples
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train_dp_lora.py --output reports/examples/dp-lora
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train_dp_flora.py --output reports/examples/dp-flora
 
 lint: $(STAMPS)/dev
 	@echo "== ruff: format and lint"

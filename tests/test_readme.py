@@ -1,4 +1,4 @@
-"""Every number that the README prints is computed here."""
+"""Every number that the README and the page on training print is computed here."""
 
 import doctest
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/howto-train-privately.md"])
 def test_examples_of_the_page_are_true(page: str) -> None:
     result = doctest.testfile(str(ROOT / page), module_relative=False)
     assert result.attempted > 0
