@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ LEDGER = "ledger.jsonl"
 PRIVATE = "private"
 BOUND = "privacy.json"
 _KEY = "key.hex"
+_PEFT_PREFIX = "base_model.model."
 _FORMAT = "lora-privacy training"
 _VERSION = 1
 
@@ -181,7 +182,7 @@ def release(
     """Write the trained weights and the bound, and nothing private.
 
     LoRA adapters of either library come in peft's format, FLoRA as ``save_flora`` stores it,
-    anything else as ``trained.safetensors``.
+    anything else, or what peft's format leaves out, as ``trained.safetensors``.
 
     Raises:
         ValueError: The folder is a checkpoint.
@@ -200,12 +201,38 @@ def release(
         save_flora(model, folder)
     elif LoRALinear in kinds:
         save_peft(model, folder)
-    elif hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), safe_serialization=True)  # pyright: ignore
     else:
-        tensors = {path: parameter.detach() for path, parameter in parameters.items()}
-        _write(folder / "trained.safetensors", tensors, {})
+        left = dict(parameters)
+        if hasattr(model, "peft_config"):
+            left = _release_peft(folder, model, left)
+        if left:
+            tensors = {path: parameter.detach() for path, parameter in left.items()}
+            _write(folder / "trained.safetensors", tensors, {})
     return folder
+
+
+def _release_peft(
+    folder: Path, model: nn.Module, parameters: dict[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Write the active adapter; return the trained parameters that peft's format leaves out."""
+    peft = cast("Any", model)
+    if hasattr(peft, "active_adapter"):
+        name = peft.active_adapter
+        # The other adapters were not trained under the bound; and the hub is not asked for the
+        # size of an embedding.
+        peft.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        inside = folder if name == "default" else folder / name
+    else:  # transformers' add_adapter
+        (name,), inside = peft.active_adapters(), folder
+        peft.save_pretrained(str(folder))
+    with safe_open(str(inside / "adapter_model.safetensors"), framework="pt") as file:
+        written = {key.removeprefix(_PEFT_PREFIX) for key in file.keys()}  # noqa: SIM118
+
+    def plain(path: str) -> str:
+        path = path.removeprefix(_PEFT_PREFIX).replace(f".modules_to_save.{name}", "")
+        return path.replace(f".{name}.", ".")
+
+    return {path: value for path, value in parameters.items() if plain(path) not in written}
 
 
 def _key(folder: Path) -> bytes:

@@ -40,7 +40,7 @@ from lora_privacy.training.clipping import (
 )
 from lora_privacy.training.freshness import FreshProjections
 from lora_privacy.training.ledger import Ledger, Mechanism, Release
-from lora_privacy.training.methods import Method, prepare
+from lora_privacy.training.methods import Method, frozen_digest, prepare, refuse_packing
 from lora_privacy.training.privacy import NoiseMultiplier, PrivacyTarget, TargetEpsilon
 from lora_privacy.training.randomness import (
     KeyedRandomness,
@@ -148,7 +148,8 @@ def make_private(
             bit by bit. Needs ``secure=False``; the bound then says that the key's holder is not
             covered.
         ledger: File that each step is written to before it moves a weight. Steps that it holds
-            already are part of the cost.
+            already are part of the cost. ``save`` before the first step gives a crash something
+            to go on from.
         resume: Folder of ``PrivateTraining.save`` to go on from, with the same arguments.
 
     Raises:
@@ -175,6 +176,7 @@ def make_private(
             f"got {privacy!r}."
         )
     rate = checked_sample_rate(data_loader, sample_rate)
+    refuse_packing(data_loader)
     fresh = prepare(model, optimizer, method, transform=transform, clipping=clipping)
     if fresh is not None and denoiser is not None:
         raise UnsupportedTrainingError(
@@ -314,7 +316,7 @@ class PrivateTraining:
 
     @property
     def epoch(self) -> int:
-        """Whole epochs taken: where ``range(private.epoch, epochs)`` begins."""
+        """Whole epochs taken. Lost steps shorten the last one: loop on ``steps_left()``."""
         return self.step // self.data_loader.steps_per_epoch
 
     @property
@@ -501,6 +503,7 @@ class PrivateTraining:
             "expected_batch_size": self.expected_batch_size,
             "loss": self._loss,
             "deterministic": self._deterministic,
+            "frozen_a": frozen_digest(self.model),
         }
 
     def _facts(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "METHODS",
     "Method",
     "check_optimizer",
+    "frozen_digest",
     "known_adapters",
     "prepare",
     "refuse_joined_samples",
@@ -195,9 +197,6 @@ def _prepare_flora(
             "nothing for them. Name their layers among the targets of adapt, or freeze them "
             "(biases and norms always)."
         )
-    for layer in layers.values():
-        # Gradients are taken from the taps: the compressed branch of the forward pass is idle.
-        layer.expand.weight.requires_grad_(False)
     return FreshProjections(layers)
 
 
@@ -233,6 +232,18 @@ def refuse_packing(loader: DataLoader[Any]) -> None:
             "one row, where their gradients cannot be told apart. Pad, one record a row, as "
             "DataCollatorWithPadding and DataCollatorForSeq2Seq do."
         )
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Hash of every A that is not trained: what the trained B of a LoRA-FA layer belongs to."""
+    found = hashlib.sha256()
+    for name, adapter in known_adapters(model).items():
+        if adapter.kind == "flora" or _factors(adapter)[0].requires_grad:
+            continue
+        entries = adapter.a().detach().cpu().contiguous()
+        found.update(f"{name} {tuple(entries.shape)} {entries.dtype} ".encode())
+        found.update(entries.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:

@@ -239,6 +239,11 @@ class SampleRecorder:
                         "private, so the optimizer would move a copy that the model does not "
                         "use. Move or convert the model first and call make_private then."
                     )
+                if parameter.dtype in _HALF:
+                    raise UnsupportedLayerError(
+                        f"{name}.{key} was converted to {parameter.dtype}, in which most steps "
+                        "are lost to rounding. Train it in float32."
+                    )
                 if parameter.grad is not None:
                     raise UnsupportedLayerError(
                         f"{name}.{key} got a gradient outside of its layer's forward pass, where "
