@@ -54,6 +54,7 @@ bench: $(STAMPS)/dev $(STAMPS)/demo-model  ## benchmarks: ratios with intervals,
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rdp.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pld.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pairwise.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 
 soundness: $(STAMPS)/dev  ## no accountant below a certified lower end, on 10,000 random ledgers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soundness.py
