@@ -17,9 +17,9 @@ SOURCES = [SystemRandomness(), KeyedRandomness(bytes(range(32)))]
 
 @pytest.mark.parametrize("source", SOURCES, ids=["system", "keyed"])
 def test_normal_numbers_are_normal(source: Randomness) -> None:
-    """KS at level 1e-5 on 200,000 draws; a deviation 3 % too large must be rejected."""
-    draws = source.normal(200_001, "noise", 0)
-    assert draws.shape == (200_001,)
+    """KS at level 1e-5 on 10⁶ draws; a deviation 3 % too large must be rejected."""
+    draws = source.normal(1_000_001, "noise", 0)
+    assert draws.shape == (1_000_001,)
     assert stats.kstest(draws, "norm").pvalue > LEVEL
     assert stats.kstest(1.03 * draws, "norm").pvalue < LEVEL
 

@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from lora_privacy.errors import UnsupportedTrainingError
-from lora_privacy.training.randomness import KeyedRandomness, Randomness, new_key
+from lora_privacy.training.randomness import KeyedRandomness, Randomness
 from lora_privacy.training.sampling import MicroBatch, PoissonLoader, checked_sample_rate
 
 SIZE = 60
@@ -33,7 +33,7 @@ class Recorder:
     sample_rate: float = 0.1
     step: int = 0
     iteration: int = 0
-    randomness: Randomness = field(default_factory=lambda: KeyedRandomness(new_key()))
+    randomness: Randomness = field(default_factory=lambda: KeyedRandomness(bytes(32)))
     left: int | None = None
     seen: list[MicroBatch] = field(default_factory=list)
     empty: int = 0

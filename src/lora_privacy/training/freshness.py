@@ -78,10 +78,13 @@ class FreshProjections:
             total: V Aᵀ; None where no sample reached the layer.
             noise: i.i.d. N(0, σ²), (out, rank).
         """
-        a = self.a(name).double()
         # E Aᵀ with i.i.d. E has rows of covariance σ² A Aᵀ, whatever the length of A's rows.
-        factor = torch.linalg.cholesky(a @ a.T).to(noise.dtype)
-        projected = noise @ factor.T
+        if self.law == "orthonormal":
+            layer = self.layers[name]
+            projected = noise * (layer.in_features / layer.rank) ** 0.5  # A Aᵀ = (m/r) I
+        else:
+            a = self.a(name).double()
+            projected = noise @ torch.linalg.cholesky(a @ a.T).to(noise.dtype).T
         return projected if total is None else total + projected
 
     def decompress(self, name: str, released: Tensor) -> Tensor:

@@ -258,14 +258,18 @@ class SampleRecorder:
             UnsupportedLayerError: A parameter without a tap asks for a gradient.
         """
         tapped = {id(p) for tap in self.taps.values() for p in tap.parameters.values()}
-        for path, parameter in self._model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in tapped:
-                raise UnsupportedLayerError(
-                    f"{path!r} asks for a gradient, but did not when the training was made "
-                    "private: it would be trained without clip and noise. Freeze it again "
-                    "(peft's disable_adapter() unfreezes A when it ends), or choose what is "
-                    "trained before make_private."
-                )
+        if all(id(p) in tapped for p in self._model.parameters() if p.requires_grad):
+            return
+        path = next(
+            path
+            for path, p in self._model.named_parameters()
+            if p.requires_grad and id(p) not in tapped
+        )
+        raise UnsupportedLayerError(
+            f"{path!r} asks for a gradient, but did not when the training was made private: it "
+            "would be trained without clip and noise. Freeze it again (peft's disable_adapter() "
+            "unfreezes A when it ends), or choose what is trained before make_private."
+        )
 
     def clear(self) -> None:
         """Forget the present pass."""

@@ -54,12 +54,18 @@ class DenseSamples:
 
     def square_norms(self) -> Tensor:
         """‖G_i‖², shape (batch,)."""
-        return torch.linalg.vector_norm(self.gradients.flatten(1), dim=1).square()
+        return torch.linalg.vector_norm(self._stored().flatten(1), dim=1).square()
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Σ weights_i G_i."""
-        flat = weights.to(self.gradients.dtype) @ self.gradients.flatten(1)
-        return flat.view(self.gradients.shape[1:])
+        stored = self._stored()
+        total = (weights.to(stored.dtype) @ stored.flatten(1)).view(stored.shape[1:])
+        return total if stored is self.gradients else total.mT
+
+    def _stored(self) -> Tensor:
+        """The gradients in the order of their memory: flattening them copies nothing."""
+        by_column = self.gradients.dim() == 3 and not self.gradients.is_contiguous()
+        return self.gradients.mT if by_column else self.gradients
 
     def projected(self, weights: Tensor, a: Tensor) -> Tensor:
         """Σ weights_i G_i Aᵀ."""
@@ -126,7 +132,8 @@ def matrix_samples(x: Tensor, g: Tensor, *, dense: bool = False) -> DenseSamples
 
 def outer(x: Tensor, g: Tensor) -> Tensor:
     """g_iᵀ x_i for each sample, (batch, out, in)."""
-    return torch.bmm(g.mT, x)
+    # The wider factor second: up to twice as quick.
+    return torch.bmm(g.mT, x) if g.shape[2] <= x.shape[2] else torch.bmm(x.mT, g).mT
 
 
 def _gram_norms(x: Tensor, g: Tensor) -> Tensor:
