@@ -43,8 +43,6 @@ class SavedState:
         noise_multiplier: z.
         budget: Steps that the target pays for, in all; None without a target.
         step: Steps taken.
-        charged: Steps in the ledger when it was saved.
-        ledger: Their digest.
         key: Key of the randomness of a deterministic training.
         generator: State of torch's global generator, which dropout draws from, in such a training.
     """
@@ -52,8 +50,6 @@ class SavedState:
     noise_multiplier: float
     budget: int | None
     step: int
-    charged: int
-    ledger: str
     key: bytes | None
     generator: Tensor | None
 
@@ -143,12 +139,11 @@ def load(
         noise_multiplier=float(facts["noise_multiplier"]),
         budget=facts["budget"],
         step=step,
-        charged=_validate.integer("charged", facts["charged"], 0),
-        ledger=facts["ledger"],
     )
-    if len(ledger) < found.charged or ledger.digest(found.charged) != found.ledger:
+    charged = _validate.integer("charged", facts["charged"], 0)
+    if len(ledger) < charged or ledger.digest(charged) != facts["ledger"]:
         raise LedgerError(
-            f"{ledger.path} does not begin with the {found.charged} steps that were taken when "
+            f"{ledger.path} does not begin with the {charged} steps that were taken when "
             f"{folder} was saved: it is the ledger of another training, or has lost steps."
         )
     weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}

@@ -275,7 +275,7 @@ def clipped_sums(
     weights = clipping.weights(sample_norms(recorder, scale))
     reduce = weighted_sum if reduce is None else reduce
     return {
-        f"{name}.{key}" if name else key: reduce(tap, key, weights[name] * scale)
+        tap.path(key): reduce(tap, key, weights[name] * scale)
         for name, tap in recorder.taps.items()
         for key in tap.samples
     }

@@ -276,8 +276,8 @@ class PrivateTraining:
         self._absorbed = True
         self._iteration = 0
         self._parameters = {
-            f"{name}.{key}" if name else key: parameter
-            for name, tap in recorder.taps.items()
+            tap.path(key): parameter
+            for tap in recorder.taps.values()
             for key, parameter in tap.parameters.items()
         }
         self._handles: list[RemovableHandle] = []
@@ -535,6 +535,10 @@ class PrivateTraining:
                 f"{what} was called between a batch and its optimizer.step(); call it after."
             )
 
+    def _full_precision(self) -> torch.autocast:
+        """Keep autocast out: it would round norms, sums and noise to half precision."""
+        return torch.autocast(next(iter(self._parameters.values())).device.type, enabled=False)
+
     def _absorb(self) -> None:
         """Add the recorded pass to the sums of this step."""
         if self._absorbed:
@@ -543,8 +547,7 @@ class PrivateTraining:
         assert micro is not None
         self._recorder.check(micro.size)
         scale = float(micro.size) if self._loss == "per-sample-mean" else 1.0
-        device = next(iter(self._parameters.values())).device.type
-        with torch.autocast(device, enabled=False), torch.no_grad():
+        with self._full_precision(), torch.no_grad():
             sums = clipped_sums(
                 self._recorder,
                 self._clipping,
@@ -592,7 +595,7 @@ class PrivateTraining:
             return  # no gradient is set, so the optimizer moves nothing
         if self.steps_left() == 0:  # the loader ends before; this holds whatever it does
             raise BudgetSpentError(f"{self._privacy} pays for {self._budget} steps, all taken.")
-        with torch.autocast(next(iter(self._parameters.values())).device.type, enabled=False):
+        with self._full_precision():
             digest = self._sum_digest()
             # From here on the step counts, whatever becomes of it.
             self._charge(digest)

@@ -11,6 +11,7 @@ from torch import nn
 from lora_privacy import _validate
 from lora_privacy.core import FLoRALinear, LoRALinear, adapters
 from lora_privacy.core.peft import is_peft_layer, peft_config
+from lora_privacy.dp.attestation import HAAR_LAWS
 from lora_privacy.errors import (
     NoTargetError,
     StaleParameterError,
@@ -42,7 +43,6 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 # How the names of peft's initialisations begin that look at training data before any noise.
 _DATA_READING = ("eva", "corda", "lora_ga", "loraga", "lora-ga")
-_HAAR = ("gaussian", "orthonormal")
 # Wrappers of torch that exchange gradients between processes or copies of the model.
 _PARALLEL = {
     "DataParallel",
@@ -157,7 +157,7 @@ def _prepare_flora(
             "targets=…), with the head among the targets."
         )
     laws = {layer.projection.law for layer in layers.values()}
-    if len(laws) > 1 or not laws <= set(_HAAR):
+    if len(laws) > 1 or not laws <= set(HAAR_LAWS):
         raise UnsupportedTrainingError(
             f"A of law {', '.join(sorted(laws))}: the row space must be uniform (Haar) for the "
             "projection to amplify; adapt with law='orthonormal' or law='gaussian' for all layers."
@@ -209,7 +209,7 @@ def known_adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def refuse_joined_samples(model: nn.Module) -> None:
-    """Raise UnsupportedTrainingError when ``model`` holds a batch norm."""
+    """Raise UnsupportedTrainingError for batch norms, and norms that keep running statistics."""
     for name, module in model.named_modules():
         kind = nn.modules.batchnorm._NormBase  # pyright: ignore[reportPrivateUsage]
         joins = isinstance(module, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]

@@ -107,6 +107,10 @@ class LayerTap:
             return {"weight": self.module.weight}
         return {name: getattr(self.module, name) for name in self.parameters}
 
+    def path(self, name: str) -> str:
+        """Path in the model of a trained parameter; a FLoRA weight goes by that of its layer."""
+        return f"{self.name}.{name}" if self.name else name
+
     def layout(self, name: str, gradient: Tensor) -> Tensor:
         """``gradient`` of a matrix (out, in), or of a vector, as the parameter stores it."""
         if name == "weight" and _is_transposed(self.module):
