@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from _measure import MIN_PAIRS, Ratio, measure, ratio
-from lora_privacy.core import adapt
+from lora_privacy.core import FLoRALinear, adapt
 from lora_privacy.training import NoiseMultiplier, SampleRecorder, make_private, sample_norms
 from lora_privacy.training.samples import matrix_samples
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 CLASSES, VOCABULARY, WIDTH = 2, 1000, 384
 ALL_LINEAR = (
-    r"encoder\..*\.(query|key|value|dense)"  # the pooler, which nothing calls, is left out
+    r"encoder\.encoder\..*\.(query|key|value|dense)"  # the pooler, which nothing calls, is left out
 )
 SAME = 1e-4  # largest relative difference of two gradients that count as the same
 NO_NOISE = 1e-12  # ours refuses 0
@@ -200,7 +200,7 @@ def plain(task: Task) -> Work:
 def ours(task: Task, method: Method, max_grad_norm: float, noise: float = 1.0) -> Work:
     """A step of ``make_private``, the batch from its loader."""
     model, loss = copy.deepcopy(task.model), PerSampleLoss()
-    optimizer = optimizer_of(model, sgd=method == "dp-flora")
+    optimizer = optimizer_of(model, sgd=method in ("dp-flora", "dp-sgd"))
     private = make_private(
         model, optimizer, DataLoader(TensorDataset(*task.batch), batch_size=len(task.batch[1])),
         method=method, max_grad_norm=max_grad_norm, privacy=NoiseMultiplier(noise), delta=1e-5,
@@ -321,39 +321,45 @@ def part_gpt2(pairs: int) -> None:
 
 
 def part_flora(pairs: int) -> None:
-    targets = ("query", "value")
-    heads = (*targets, "classifier")
+    few, head = ("query", "value"), ("classifier",)
+    layouts: dict[str, tuple[tuple[str, ...] | str, tuple[str, ...] | str, float]] = {
+        "query, value and head": (few, (*few, *head), 1.3),
+        "all linear layers": (ALL_LINEAR, f"{ALL_LINEAR}|classifier", 1.5),
+    }
     for length in (40, 128):
-        lora = with_lora(minilm(length), 8, targets)
-        flora, dense = with_flora(minilm(length), 8, heads), with_dense(minilm(length), heads)
-        clip = dense.max_grad_norm()
-        works = {"plain LoRA": plain(lora), "dp-flora": ours(flora, "dp-flora", clip)}
-        # At full rank AᵀA = I, so that the projected gradient is the dense one of Opacus.
-        whole = ours(with_flora(minilm(length), WIDTH, heads), "dp-flora", clip, NO_NOISE)
-        quiet = whole.gradients()
-        for mode in ("hooks", "ghost"):
-            name = f"Opacus {mode} on the dense weights"
-            peer = checked(name, quiet, partial(opacus, dense, mode, clip, True))
-            if peer is not None:
-                works[name] = peer
-        compare(
-            f"dp-flora, MiniLM, query, value and head, r = 8, 8 × {length} tokens",
-            works,
-            [
-                ("dp-flora", "plain LoRA", 1.3),
-                ("dp-flora", "Opacus ghost on the dense weights", 0.5),
-                ("dp-flora", "Opacus hooks on the dense weights", None),
-            ],
-            pairs,
-        )
-        lora = with_lora(minilm(length), 8, ALL_LINEAR)
-        flora = with_flora(minilm(length), 8, f"{ALL_LINEAR}|classifier")
-        compare(
-            f"dp-flora, MiniLM, all linear layers, r = 8, 8 × {length} tokens",
-            {"plain LoRA": plain(lora), "dp-flora": ours(flora, "dp-flora", 1.0)},
-            [("dp-flora", "plain LoRA", 1.5)],
-            pairs,
-        )
+        for name, (adapted, trained_by_flora, target) in layouts.items():
+            title = f"dp-flora, MiniLM, {name}, r = 8, 8 × {length} tokens"
+            flora_against_all(title, length, adapted, trained_by_flora, target, pairs)
+
+
+def flora_against_all(
+    title: str,
+    length: int,
+    adapted: tuple[str, ...] | str,
+    trained_by_flora: tuple[str, ...] | str,
+    target: float,
+    pairs: int,
+) -> None:
+    lora = with_lora(minilm(length), 8, adapted)
+    flora = with_flora(minilm(length), 8, trained_by_flora)
+    names = tuple(name for name, m in flora.model.named_modules() if isinstance(m, FLoRALinear))
+    dense = with_dense(minilm(length), names)
+    clip = dense.max_grad_norm()
+    works = {"plain LoRA": plain(lora), "dp-flora": ours(flora, "dp-flora", clip)}
+    # What dp-flora projects is what our dp-sgd clips: Opacus must have the same.
+    quiet = ours(dense, "dp-sgd", clip, NO_NOISE).gradients()
+    for mode in ("hooks", "ghost"):
+        name = f"Opacus {mode} on the dense weights"
+        peer = checked(name, quiet, partial(opacus, dense, mode, clip, True))
+        if peer is not None:
+            works[name] = peer
+    rows: list[tuple[str, str, float | None]] = [
+        ("dp-flora", "plain LoRA", target),
+        ("dp-flora", "Opacus ghost on the dense weights", 0.5),
+        ("dp-flora", "Opacus hooks on the dense weights", None),
+        ("plain LoRA", "Opacus ghost on the dense weights", None),
+    ]
+    compare(title, works, rows, pairs)
 
 
 def part_kernel(pairs: int) -> None:
