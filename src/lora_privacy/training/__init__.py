@@ -15,6 +15,12 @@ if TYPE_CHECKING:
         clipped_sums,
         sample_norms,
     )
+    from lora_privacy.training.denoising import (
+        SingularValueDenoiser,
+        SpectrumProfile,
+        denoise,
+        predicted_cosine,
+    )
     from lora_privacy.training.engine import PrivateTraining, make_private
     from lora_privacy.training.guard import WeightDeltaGuard, preflight
     from lora_privacy.training.privacy import NoiseMultiplier, TargetEpsilon
@@ -28,10 +34,14 @@ __all__ = [
     "PrivateTraining",
     "RowScaling",
     "SampleRecorder",
+    "SingularValueDenoiser",
+    "SpectrumProfile",
     "TargetEpsilon",
     "WeightDeltaGuard",
     "clipped_sums",
+    "denoise",
     "make_private",
+    "predicted_cosine",
     "preflight",
     "sample_norms",
 ]
@@ -46,10 +56,14 @@ __getattr__, __dir__ = attach(
         "PrivateTraining": "engine",
         "RowScaling": "clipping",
         "SampleRecorder": "recorder",
+        "SingularValueDenoiser": "denoising",
+        "SpectrumProfile": "denoising",
         "TargetEpsilon": "privacy",
         "WeightDeltaGuard": "guard",
         "clipped_sums": "clipping",
+        "denoise": "denoising",
         "make_private": "engine",
+        "predicted_cosine": "denoising",
         "preflight": "guard",
         "sample_norms": "clipping",
     },
