@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteError",
     "PrefixError",
     "ProbeError",
+    "ProcessError",
     "StaleParameterError",
     "StalePrefixError",
     "StorageError",
@@ -98,6 +99,10 @@ class StorageError(LoraPrivacyError):
 
 class UnsupportedTrainingError(LoraPrivacyError):
     """A method, an optimiser or a data loader for which the privacy argument does not hold."""
+
+
+class ProcessError(LoraPrivacyError):
+    """Processes that train together disagree, or one of them is gone."""
 
 
 class TrainingOrderError(LoraPrivacyError):

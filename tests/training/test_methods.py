@@ -662,7 +662,7 @@ def one_process(folder: Path) -> Iterator[None]:
 @pytest.mark.parametrize("method", ["dp-lora", "dp-sgd"])
 def test_models_of_several_processes_are_refused(method: Method, tmp_path: Path) -> None:
     wrapped = nn.DataParallel(llama_peft())
-    with pytest.raises(UnsupportedTrainingError, match=r"in DataParallel.*not covered yet: one"):
+    with pytest.raises(UnsupportedTrainingError, match=r"in DataParallel.*Pass the model inside"):
         make(wrapped, method)
     inside = nn.Sequential(wrapped)
     with pytest.raises(UnsupportedTrainingError, match="'0' is wrapped in DataParallel"):

@@ -15,13 +15,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 
 from lora_privacy import _validate
-from lora_privacy.dp import Adjacency, PldAccountant, PrivacyBound, calibrate
+from lora_privacy.dp import Adjacency, PldAccountant, PrivacyBound, calibrate, calibrate_steps
 from lora_privacy.dp.result import ADJACENCIES
 from lora_privacy.errors import (
     BudgetSpentError,
@@ -42,6 +42,7 @@ from lora_privacy.training.freshness import FreshProjections
 from lora_privacy.training.ledger import Ledger, Mechanism, Release
 from lora_privacy.training.methods import Method, frozen_digest, prepare, refuse_packing
 from lora_privacy.training.privacy import NoiseMultiplier, PrivacyTarget, TargetEpsilon
+from lora_privacy.training.processes import Processes, processes_of
 from lora_privacy.training.randomness import (
     KeyedRandomness,
     Randomness,
@@ -70,6 +71,10 @@ It runs after the noise: whatever it computes from its arguments costs no privac
 # Norms are known to this relative error only, so that the noise is this much larger than stated.
 _SLACK = 1 + GRAM_RTOL
 _KNOWN_SEED = "noise seed known: no guarantee against its holder"
+_PROFILED = (
+    "NOT covered: the singular values before noise, which a diagnostics profile recorded; they "
+    "are private data"
+)
 _ASSUMPTIONS = (
     "each record's gradient depends on that record alone (preflight checks it on a batch)",
     "the starting weights and all settings are chosen without the private records",
@@ -99,6 +104,7 @@ def make_private(
     deterministic: bool = False,
     ledger: str | Path | None = None,
     resume: str | Path | None = None,
+    distributed: bool | None = None,
 ) -> PrivateTraining:
     """Make a training private, **in place**: the model and the optimizer get hooks.
 
@@ -151,6 +157,12 @@ def make_private(
             already are part of the cost. ``save`` before the first step gives a crash something
             to go on from.
         resume: Folder of ``PrivateTraining.save`` to go on from, with the same arguments.
+        distributed: Whether the processes of ``torch.distributed`` train this model together.
+            Every one is given the same arguments, the plain model (not in
+            ``DistributedDataParallel``), the whole data set and, as the loader's batch size, that
+            of all of them; ``physical_batch_size`` is its own. Weights start as those of rank 0,
+            each process draws from its own share of the records, rank 0 alone writes the ledger
+            and draws the noise, one for all. None refuses to guess when several run.
 
     Raises:
         ValueError: An argument is out of range, or two contradict.
@@ -159,6 +171,7 @@ def make_private(
         StaleParameterError: The optimizer holds parameters that the model does not have.
         CalibrationError: The target cannot be met.
         LedgerError, StorageError: The ledger or the checkpoint does not fit.
+        ProcessError: Processes that train together differ, or one of them is gone.
     """
     _validate.inside("delta", delta, 0, 1)
     _validate.choice("adjacency", adjacency, ADJACENCIES)
@@ -175,6 +188,12 @@ def make_private(
             "privacy must be NoiseMultiplier(z) or TargetEpsilon(epsilon, steps=… or epochs=…), "
             f"got {privacy!r}."
         )
+    processes = processes_of(distributed)
+    if deterministic and processes.size > 1:
+        raise UnsupportedTrainingError(
+            "deterministic=True repeats a run bit by bit in one process only; leave it out with "
+            "distributed=True."
+        )
     rate = checked_sample_rate(data_loader, sample_rate)
     refuse_packing(data_loader)
     fresh = prepare(model, optimizer, method, transform=transform, clipping=clipping)
@@ -188,7 +207,9 @@ def make_private(
     mechanism = Mechanism(adjacency=adjacency, layers=fresh.shapes if fresh else None)
     if resume is not None and ledger is None:
         ledger = Path(resume) / checkpoint.LEDGER
-    if resume is not None and not Path(str(ledger)).exists():
+    if processes.rank > 0:
+        ledger = None  # rank 0 writes; the others follow in memory
+    elif resume is not None and not Path(str(ledger)).exists():
         raise LedgerError(
             f"There is no ledger at {ledger}; pass the ledger=… that the training was begun with."
         )
@@ -208,9 +229,13 @@ def make_private(
         denoiser=denoiser,
         randomness=SystemRandomness() if secure else KeyedRandomness(new_key()),
         deterministic=deterministic,
+        processes=processes,
     )
     try:
-        training.data_loader = PoissonLoader(data_loader, physical_batch_size, training)
+        training.data_loader = PoissonLoader(
+            data_loader, physical_batch_size, training, (processes.rank, processes.size)
+        )
+        training._join()
         if resume is None:
             if any(optimizer.state.values()):
                 raise UnsupportedTrainingError(
@@ -220,6 +245,7 @@ def make_private(
             training._set_privacy(privacy)
         else:
             training._resume(Path(resume), privacy)
+        processes.same("what it trains", training._facts())
     except BaseException:
         training.close()  # the ledger's file, for another try
         raise
@@ -258,6 +284,7 @@ class PrivateTraining:
         denoiser: Denoiser | None,
         randomness: Randomness,
         deterministic: bool,
+        processes: Processes,
     ) -> None:
         self.model, self.optimizer, self.method = model, optimizer, method
         self.delta = delta
@@ -268,6 +295,7 @@ class PrivateTraining:
         self._ledger, self._loss = ledger, loss
         self._transform, self._denoiser = transform, denoiser
         self._randomness, self._deterministic = randomness, deterministic
+        self._processes = processes
         self._privacy: PrivacyTarget = NoiseMultiplier(1.0)
         self._budget: int | None = None
         self._run = run_name(randomness)
@@ -282,7 +310,9 @@ class PrivateTraining:
         }
         self._handles: list[RemovableHandle] = []
         if fresh is not None:
-            fresh.draw = lambda: self._randomness.seed("projection", self._step)
+            fresh.draw = lambda: self._processes.share(
+                lambda: self._randomness.seed("projection", self._step)
+            )
 
     @property
     def noise_multiplier(self) -> float:
@@ -340,10 +370,17 @@ class PrivateTraining:
         """What is proved of all steps so far, lost ones included; None takes the training's δ."""
         proved = self.accountant.epsilon(self.delta if delta is None else delta)
         known = (_KNOWN_SEED,) if self._deterministic or self._ledger.seed_known else ()
-        return replace(proved, assumptions=(*proved.assumptions, *_ASSUMPTIONS, *known))
+        profiled = (_PROFILED,) if _profiles(self._denoiser) else ()
+        stated = (*proved.assumptions, *_ASSUMPTIONS, *known, *profiled)
+        return replace(proved, assumptions=stated)
+
+    @property
+    def exchanged_numbers(self) -> int:
+        """Numbers that a process sends to the first one at a step, and gets back."""
+        return sum(math.prod(self._released_shape(path)) for path in self._parameters)
 
     def steps_left(self) -> int | None:
-        """Steps that the target still pays for; None for a plain noise multiplier."""
+        """Steps that the target still pays for; None without one."""
         if self._budget is None:
             return None
         # Steps of this run that a resume draws again, bit by bit, were paid for.
@@ -354,7 +391,8 @@ class PrivateTraining:
         """Write a checkpoint to go on from; see ``make_private(resume=…)``.
 
         Its folder ``private`` must not leave the machine. Without ``make_private(ledger=…)`` the
-        folder also gets the ledger, which from then on is written to at every step.
+        folder also gets the ledger, which from then on is written to at every step. Of several
+        processes only the first one writes.
 
         Raises:
             TrainingOrderError: A batch is under way.
@@ -362,6 +400,8 @@ class PrivateTraining:
         """
         self._between_steps("save()")
         folder = Path(folder)
+        if self._processes.rank > 0:
+            return folder
         own = folder / checkpoint.LEDGER
         path = self._ledger.path
         if path is None:
@@ -407,6 +447,11 @@ class PrivateTraining:
         A batch that an older iteration was left in is dropped: nothing of it was released. A step
         that was released but failed before the weights moved is counted, and the next one begins.
         """
+        if self._micro is not None and self._processes.size > 1:
+            raise TrainingOrderError(
+                "A batch was left under way, which the other processes wait for: take its step, "
+                "or end all processes and go on from the last checkpoint."
+            )
         self._recorder.clear()
         self._sums, self._micro, self._absorbed = {}, None, True
         for parameter in self._parameters.values():
@@ -419,7 +464,7 @@ class PrivateTraining:
         return self._iteration
 
     def begin(self, micro: MicroBatch) -> None:
-        """Called by the loader before it hands out a micro-batch.
+        """Called by the loader before it hands out a micro-batch, or for an empty batch.
 
         Raises:
             TrainingOrderError: The one before was not used up, or another iteration has begun.
@@ -446,21 +491,35 @@ class PrivateTraining:
                 "A backward pass ran that belongs to no batch of the loader: its samples would "
                 "enter the next step. Run it under torch.no_grad(), or before make_private."
             )
-        self._micro, self._absorbed = micro, False
+        self._micro, self._absorbed = micro, not micro.size
 
     def step_without_records(self, micro: MicroBatch) -> None:
         """Called by the loader for an empty Poisson batch: a step of noise alone."""
         self.begin(micro)
-        self._absorbed = True
         self.optimizer.step()
+
+    def _join(self) -> None:
+        """Begin as rank 0 does: its weights, its name of the run, its ledger."""
+        self._processes.copy_first(self.model)
+        self._run = self._processes.object_from_first(self._run)
+        for release in self._processes.object_from_first(list(self._ledger)):
+            self._ledger.charge(release)  # nothing new in rank 0
 
     def _set_privacy(self, privacy: PrivacyTarget) -> None:
         self._privacy = privacy
+        mechanism = self._ledger.mechanism
         if isinstance(privacy, NoiseMultiplier):
             self._noise_multiplier = privacy.noise_multiplier
+            if privacy.epsilon is not None:
+                affordable = calibrate_steps(
+                    mechanism.event(self._noise_multiplier, self.sample_rate),
+                    epsilon=privacy.epsilon,
+                    delta=self.delta,
+                    accountant=self.accountant,
+                )
+                self._budget = int(affordable.value) + len(self._ledger)
             return
         steps = privacy.total_steps(self.data_loader.steps_per_epoch)
-        mechanism = self._ledger.mechanism
         found = calibrate(
             lambda z: mechanism.event(z, self.sample_rate),
             epsilon=privacy.epsilon,
@@ -595,11 +654,8 @@ class PrivateTraining:
             return  # no gradient is set, so the optimizer moves nothing
         if self.steps_left() == 0:  # the loader ends before; this holds whatever it does
             raise BudgetSpentError(f"{self._privacy} pays for {self._budget} steps, all taken.")
-        with self._full_precision():
-            digest = self._sum_digest()
-            # From here on the step counts, whatever becomes of it.
-            self._charge(digest)
-            for path, gradient in self._noised(digest).items():
+        with self._full_precision(), torch.no_grad():
+            for path, gradient in self._release().items():
                 self._parameters[path].grad = gradient
 
     def _after_step(
@@ -660,35 +716,87 @@ class PrivateTraining:
         own = {id(layer.weight) for layer in self._fresh.layers.values()}
         return own == {id(p) for p in self.model.parameters() if p.requires_grad}
 
+    def _release(self) -> dict[str, Tensor]:
+        """Path -> the gradient of this step, of the records of all processes."""
+        processes = self._processes
+        if self._fresh is not None:
+            self._fresh.begin_step()  # an empty share draws no A, but all exchange its seed
+        if processes.size > 1:
+            self._sums = processes.sum_to_first(
+                {path: self._sums.get(path, zero) for path, zero in self._zeros().items()}
+            )
+        if processes.rank == 0:
+            digest = self._sum_digest()
+            # From here on the step counts, whatever becomes of it.
+            self._charge(digest)
+            released = processes.from_first(self._noised(digest))
+        else:
+            released = processes.from_first(self._zeros())
+            self._charge(None)
+        return {path: self._gradient(path, mean) for path, mean in released.items()}
+
     def _noised(self, digest: str | None) -> dict[str, Tensor]:
-        """What is released: (clipped sum + noise)/(q·N), decompressed for dp-flora."""
+        """What is released: (clipped sum + noise)/(q·N); for dp-flora times Aᵀ."""
         std = self._noise_std_of_sum
         released: dict[str, Tensor] = {}
         for path, parameter in self._parameters.items():
             total = self._sums.get(path)
-            if self._fresh is None:
-                noise = self._normal(tuple(parameter.shape), path, digest, parameter) * std
-                total = noise if total is None else total + noise
+            noise = self._normal(self._released_shape(path), path, digest, parameter) * std
+            if self._fresh is not None:
+                mean = self._fresh.release(self._layer(path), total, noise)
             else:
-                name = path.rpartition("weight")[0].removesuffix(".")
-                layer = self._fresh.layers[name]
-                shape = (layer.out_features, layer.rank)
-                noise = self._normal(shape, path, digest, parameter) * std
-                total = self._fresh.release(name, total, noise)
-                total = self._fresh.decompress(name, total)
-            gradient = (total / self.expected_batch_size).to(parameter.dtype)
+                if _profiles(self._denoiser):
+                    clean = torch.zeros_like(noise) if total is None else total
+                    cast("Any", self._denoiser).before(path, clean / self.expected_batch_size)
+                mean = noise if total is None else total + noise
+            mean = mean / self.expected_batch_size
             if self._denoiser is not None:
-                gradient = self._denoiser(path, gradient, std / self.expected_batch_size)
-            released[path] = gradient
+                mean = self._denoiser(path, mean, std / self.expected_batch_size)
+            released[path] = mean
         return released
+
+    def _gradient(self, path: str, mean: Tensor) -> Tensor:
+        """What is released of a parameter, in its shape and type."""
+        if self._fresh is not None:
+            mean = self._fresh.decompress(self._layer(path), mean)
+        return mean.to(self._parameters[path].dtype)
+
+    def _layer(self, path: str) -> str:
+        """Path of the FLoRA layer that the weight at ``path`` belongs to."""
+        return path.rpartition("weight")[0].removesuffix(".")
+
+    def _released_shape(self, path: str) -> tuple[int, ...]:
+        """Shape of what is released of a parameter: (out, rank) for dp-flora."""
+        if self._fresh is None:
+            return tuple(self._parameters[path].shape)
+        layer = self._fresh.layers[self._layer(path)]
+        return layer.out_features, layer.rank
+
+    def _zeros(self) -> dict[str, Tensor]:
+        """Of the shapes and types of what is released."""
+        return {
+            path: torch.zeros(
+                self._released_shape(path), dtype=_sum_dtype(parameter), device=parameter.device
+            )
+            for path, parameter in self._parameters.items()
+        }
 
     def _normal(
         self, shape: tuple[int, ...], path: str, digest: str | None, like: Tensor
     ) -> Tensor:
         size = math.prod(shape)
         numbers = self._randomness.normal(size, "noise", self.step, path, digest or "")
-        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-        return torch.from_numpy(numbers).to(device=like.device, dtype=dtype).view(shape)
+        return torch.from_numpy(numbers).to(like.device, _sum_dtype(like)).view(shape)
+
+
+def _sum_dtype(parameter: Tensor) -> torch.dtype:
+    """Type of the sums and the noise of a parameter."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _profiles(denoiser: Denoiser | None) -> bool:
+    """Whether it records gradients before their noise."""
+    return bool(getattr(denoiser, "before_noise", False))
 
 
 def run_name(randomness: Randomness) -> str:

@@ -53,6 +53,10 @@ class FreshProjections:
         for layer in self.layers.values():
             layer.expand.weight.requires_grad_(True)
 
+    def begin_step(self) -> None:
+        """Draw the seed of this step, if no A has needed it yet."""
+        self._step_seed()
+
     def a(self, name: str) -> Tensor:
         """A of a layer (rank, in_features), in the type and on the device of its weight."""
         if name not in self._matrices:

@@ -263,8 +263,9 @@ def _refuse_wrappers(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         parallel = [name for name in parallel if name in _PARALLEL]
         if parallel:
             raise UnsupportedTrainingError(
-                f"{where} is wrapped in {parallel[0]}, which is not covered yet: one process "
-                "trains one copy of the model. Pass the model inside."
+                f"{where} is wrapped in {parallel[0]}, which would exchange gradients that are "
+                "not clipped. Pass the model inside (.module), and distributed=True to train it "
+                "by several processes: make_private exchanges the clipped sums itself."
             )
         wrapped = any(t.__module__.startswith("opacus.grad_sample") for t in classes)
         # What Opacus plants on a model that it hooks without a wrapper.

@@ -11,10 +11,12 @@ __all__ = ["NoiseMultiplier", "PrivacyTarget", "TargetEpsilon"]
 
 @dataclass(frozen=True, slots=True)
 class NoiseMultiplier:
-    """Train with this much noise, for as long as the loop runs.
+    """Train with this much noise, for as long as the loop runs or ``epsilon`` allows.
 
     Args:
         noise_multiplier: z = σ/C, the noise in units of the clipping norm, > 0.
+        epsilon: ε in nats, > 0, at the δ of the training: the training ends before the step that
+            would exceed it. None does not limit it.
 
     Raises:
         ValueError: It is out of range. Without noise nothing is private: train without
@@ -22,9 +24,12 @@ class NoiseMultiplier:
     """
 
     noise_multiplier: float
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
         _validate.positive("noise_multiplier", self.noise_multiplier)
+        if self.epsilon is not None:
+            _validate.positive("epsilon", self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -74,7 +75,7 @@ class StepControl(Protocol):
         ...
 
     def begin(self, micro: MicroBatch) -> None:
-        """The next micro-batch is about to be handed out."""
+        """The next micro-batch, or an empty one, is about to be handed out."""
         ...
 
     def step_without_records(self, micro: MicroBatch) -> None:
@@ -95,6 +96,7 @@ class PoissonLoader:
         loader: Its data set, collate function and workers are used; its order is not.
         physical_batch_size: Most records of a micro-batch; None hands out whole batches.
         control: The training.
+        share: (rank, number) of the processes that train together: each record belongs to one.
     """
 
     def __init__(
@@ -102,12 +104,13 @@ class PoissonLoader:
         loader: DataLoader[Any],
         physical_batch_size: int | None,
         control: StepControl,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.dataset = loader.dataset
         self.physical_batch_size = physical_batch_size
         self.steps_per_epoch = max(1, round(1 / control.sample_rate))
         self._size = len(cast("Any", loader.dataset))
-        self._control = control
+        self._control, self._share = control, share
         dataset: Dataset[Any] = loader.dataset
         collate = loader.collate_fn
         if type(dataset) is TensorDataset and collate is default_collate:
@@ -130,6 +133,32 @@ class PoissonLoader:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
+        for parts in self._micro_batches():
+            for micro, batch in parts:
+                if micro.size:
+                    self._control.begin(micro)
+                    yield batch
+                else:
+                    self._control.step_without_records(micro)
+
+    def steps(self) -> Iterator[Iterator[Any]]:
+        """The same epoch step by step: each item iterates over the parts of one Poisson batch.
+
+        An empty batch has no part. Whoever drives this calls ``optimizer.step()`` after each part
+        and, where there was none, once.
+        """
+
+        def begun(parts: Iterator[tuple[MicroBatch, Any]]) -> Iterator[Any]:
+            for micro, batch in parts:
+                self._control.begin(micro)
+                if micro.size:
+                    yield batch
+
+        for parts in self._micro_batches():
+            yield begun(parts)
+
+    def _micro_batches(self) -> Iterator[Iterator[tuple[MicroBatch, Any]]]:
+        """For each step of the epoch its parts with their records, None for an empty batch."""
         control = self._control
         iteration = control.start()
         first = control.step
@@ -150,22 +179,28 @@ class PoissonLoader:
             generator=torch.Generator().manual_seed(seed),
             **self._options,
         )
-        for batch in base:
-            while not queue[0].size:
-                control.step_without_records(queue.popleft())
-            control.begin(queue.popleft())
-            yield batch
-        while queue:
-            control.step_without_records(queue.popleft())
+
+        def described() -> Iterator[tuple[MicroBatch, Any]]:
+            for batch in base:
+                while not queue[0].size:
+                    yield queue.popleft(), None
+                yield queue.popleft(), batch
+            while queue:
+                yield queue.popleft(), None
+
+        for _, parts in itertools.groupby(described(), key=lambda part: part[0].step):
+            yield parts
 
     def indices(self, step: int) -> np.ndarray:
-        """The records of ``step``, ascending.
+        """The records of ``step`` that fall to this process, ascending.
 
         With ``SystemRandomness`` every call draws a new sample.
         """
         randomness = self._control.randomness
         coins = randomness.uniform(self._size, "coins", step)
-        return np.flatnonzero(coins < self._control.sample_rate)
+        rows = np.flatnonzero(coins < self._control.sample_rate)
+        rank, size = self._share
+        return rows[rows % size == rank]
 
 
 class _Parts:
