@@ -9,7 +9,13 @@ import pytest
 
 import lora_privacy
 
-LIGHT = ("lora_privacy.noise", "lora_privacy.dp", "lora_privacy.laws", "lora_privacy.references")
+LIGHT = (
+    "lora_privacy.noise",
+    "lora_privacy.dp",
+    "lora_privacy.audit",
+    "lora_privacy.laws",
+    "lora_privacy.references",
+)
 HEAVY = ("torch", "opacus", "transformers", "peft", "matplotlib", "pandas")
 PACKAGES = [
     "lora_privacy",
@@ -32,14 +38,16 @@ def test_laws_and_accounting_need_no_torch() -> None:
     code = "\n".join(
         [
             *(f"import {name}" for name in LIGHT),
-            "from lora_privacy import dp, noise",
-            "for package in (dp, noise):",
+            "from lora_privacy import audit, dp, noise",
+            "for package in (audit, dp, noise):",
             "    for name in getattr(package, '__all__', ()):",
             "        getattr(package, name)",
             "bound = dp.RdpAccountant().compose(dp.SampledGaussian(1.0, 0.01), 10).epsilon(1e-5)",
             "assert bound.epsilon > 0",
             "dp.implied_privacy(layers=[(768, 8)], batch_size=32, dataset_size=3200, steps=1,",
             "                   delta=1e-5, distortion=0.5)",
+            "audit.epsilon_one_run(canaries=100, guesses=50, correct=40, delta=1e-5,",
+            "                      significance=0.05)",
         ]
     )
     loaded = _loaded_after(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lora_privacy import _validate
 from lora_privacy.references import REFERENCES, cite
@@ -70,8 +70,8 @@ class LeakageEstimate:
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(
-                f"epsilon must lie in [0, inf), got {self.epsilon!r}. No finite number of canaries "
-                "shows an infinite ε."
+                f"epsilon must lie in [0, inf), got {self.epsilon!r}. No finite number of "
+                "canaries shows an infinite ε."
             )
         if not self.ceiling >= self.epsilon:
             raise ValueError(
@@ -211,10 +211,10 @@ def _check_common(result: LeakageEstimate | RateEstimate) -> None:
 
 def _plain(result: LeakageEstimate | RateEstimate) -> dict[str, Any]:
     """Fields as JSON types; an infinite ceiling is the string ``"inf"``."""
-    plain: dict[str, Any] = {}
-    for field in fields(result):
-        value = getattr(result, field.name)
-        if isinstance(value, tuple):
-            value = list(value)
-        plain[field.name] = "inf" if value == math.inf else value
-    return plain
+    return {field.name: _jsonable(getattr(result, field.name)) for field in fields(result)}
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(cast("tuple[str, ...]", value))
+    return "inf" if value == math.inf else value
