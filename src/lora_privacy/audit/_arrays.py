@@ -1,0 +1,54 @@
+"""Arrays that attacks take: their shapes, what they may hold, and messages that say where not."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Array", "Mask", "agree", "boolean", "finite", "log_probabilities", "refuse"]
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+
+def finite(name: str, values: npt.ArrayLike, shape: tuple[int | None, ...] | None) -> Array:
+    """``values`` as float64 of this shape; None stands for any length of at least 1."""
+    array = np.asarray(values, dtype=np.float64)
+    if shape is not None:
+        agree(name, array.shape, shape)
+    refuse(name, ~np.isfinite(array), "is NaN or infinite")
+    return array
+
+
+def log_probabilities(
+    name: str, values: npt.ArrayLike, shape: tuple[int | None, ...] | None
+) -> Array:
+    array = finite(name, values, shape)
+    refuse(name, array > 0, "is positive, a probability above 1; pass ln p, at most 0")
+    return array
+
+
+def boolean(name: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Mask:
+    array = np.asarray(values)
+    if array.dtype != np.bool_:  # an index or a -1/1 code would pass for "all true"
+        raise TypeError(f"{name} must be boolean, got dtype {array.dtype}.")
+    agree(name, array.shape, shape)
+    return array
+
+
+def agree(name: str, found: tuple[int, ...], shape: tuple[int | None, ...]) -> None:
+    fits = len(found) == len(shape) and all(
+        size >= 1 if want is None else size == want
+        for size, want in zip(found, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("at least 1" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {found}.")
+
+
+def refuse(name: str, wrong: Mask, what: str) -> None:
+    if np.any(wrong):
+        where = ", ".join(str(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+        raise ValueError(f"{name}[{where}] {what}.")
