@@ -8,6 +8,14 @@ from lora_privacy._lazy import attach
 
 if TYPE_CHECKING:
     from lora_privacy.audit.bounds import epsilon_clopper_pearson, epsilon_from_counts, strongest
+    from lora_privacy.audit.membership import (
+        attack_p,
+        attack_r,
+        lira,
+        logit_confidence,
+        rmia,
+        tune_offline_a,
+    )
     from lora_privacy.audit.one_run import (
         Guesses,
         epsilon_one_run,
@@ -18,12 +26,20 @@ if TYPE_CHECKING:
     )
     from lora_privacy.audit.result import LeakageEstimate, RateEstimate
     from lora_privacy.audit.roc import RocCurve, auc, roc_curve, tpr_at_fpr
+    from lora_privacy.audit.sequences import (
+        mean_log_prob,
+        min_k,
+        min_k_plus_plus,
+        reference_calibrated,
+    )
 
 __all__ = [
     "Guesses",
     "LeakageEstimate",
     "RateEstimate",
     "RocCurve",
+    "attack_p",
+    "attack_r",
     "auc",
     "epsilon_clopper_pearson",
     "epsilon_from_counts",
@@ -31,10 +47,18 @@ __all__ = [
     "epsilon_one_run_fdp",
     "epsilon_one_run_scores",
     "guess",
+    "lira",
+    "logit_confidence",
+    "mean_log_prob",
+    "min_k",
+    "min_k_plus_plus",
     "one_run_p_value",
+    "reference_calibrated",
+    "rmia",
     "roc_curve",
     "strongest",
     "tpr_at_fpr",
+    "tune_offline_a",
 ]
 
 __getattr__, __dir__ = attach(
@@ -44,6 +68,8 @@ __getattr__, __dir__ = attach(
         "LeakageEstimate": "result",
         "RateEstimate": "result",
         "RocCurve": "roc",
+        "attack_p": "membership",
+        "attack_r": "membership",
         "auc": "roc",
         "epsilon_clopper_pearson": "bounds",
         "epsilon_from_counts": "bounds",
@@ -51,9 +77,17 @@ __getattr__, __dir__ = attach(
         "epsilon_one_run_fdp": "one_run",
         "epsilon_one_run_scores": "one_run",
         "guess": "one_run",
+        "lira": "membership",
+        "logit_confidence": "membership",
+        "mean_log_prob": "sequences",
+        "min_k": "sequences",
+        "min_k_plus_plus": "sequences",
         "one_run_p_value": "one_run",
+        "reference_calibrated": "sequences",
+        "rmia": "membership",
         "roc_curve": "roc",
         "strongest": "bounds",
         "tpr_at_fpr": "roc",
+        "tune_offline_a": "membership",
     },
 )

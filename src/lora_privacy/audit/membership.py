@@ -25,6 +25,7 @@ from lora_privacy.audit._arrays import (
     log_probabilities,
     refuse,
 )
+from lora_privacy.audit.roc import auc
 
 __all__ = [
     "Mode",
@@ -302,7 +303,7 @@ def tune_offline_a(
     )
     if len(references) < 2:
         raise ValueError("tuning a needs at least 2 references, one of which plays the target.")
-    auc = np.zeros(len(grid))
+    total = np.zeros(len(grid))
     for turn in range(len(references)):
         others = np.arange(len(references)) != turn
         usable = ~np.all(members[others], axis=0)
@@ -320,8 +321,8 @@ def tune_offline_a(
                 population[turn] - _offline_marginal(population_out, a),
                 gamma,
             )
-            auc[j] += _auc(scores, truth)
-    return float(grid[int(np.argmax(auc))])
+            total[j] += auc(scores, truth).value
+    return float(grid[int(np.argmax(total))])
 
 
 def _logit(log_probs: Array) -> Array:
@@ -389,14 +390,6 @@ def _share(log_ratio: Array, population_log_ratio: Array, gamma: float) -> Array
         low = np.where(passes, middle + 1, low)
         high = np.where(unsettled & ~passes, middle, high)
     return low / len(ordered)
-
-
-def _auc(scores: Array, truth: Mask) -> float:
-    """P(score of a member > score of a non-member) + P(equal)/2."""
-    others = np.sort(scores[~truth])
-    below = np.searchsorted(others, scores[truth], side="left")
-    not_above = np.searchsorted(others, scores[truth], side="right")
-    return float(np.mean(below + not_above) / (2 * len(others)))
 
 
 def _check_gamma(gamma: float) -> None:
