@@ -291,7 +291,7 @@ def test_rmia_of_long_sequences(mode: Any, a: float | None) -> None:
 
 
 def test_offline_sequences_need_the_mean_over_tokens() -> None:
-    """At e⁻³⁰⁰⁰ and a < 1 references count for nothing; a token's geometric mean restores them."""
+    """At e⁻³⁰⁰⁰ and a < 1 all that is left is attack-P; the mean over tokens restores the rest."""
     rng = np.random.default_rng(6)
     tokens = 1000
 
@@ -303,6 +303,10 @@ def test_offline_sequences_need_the_mean_over_tokens() -> None:
         arguments["reference_log_probs"] = arguments["reference_log_probs"][:, order]
         arguments["reference_members"] = None
         return rmia(**arguments, mode="offline", a=0.5)
+
+    plain = attack_p(losses=-SMALL.target, population_losses=-SMALL.population)
+    np.testing.assert_array_equal(scores(1.0, np.arange(25)), plain)
+    assert np.any(scores(tokens, np.arange(25)) != plain)
 
     straight, shuffled = np.arange(25), rng.permutation(25)
     np.testing.assert_array_equal(scores(1.0, straight), scores(1.0, shuffled))
