@@ -262,6 +262,8 @@ def test_aligned_canaries_pass_their_matrix_and_no_other() -> None:
     random = gradient_canaries("random", shape=(6, 20), norm=1.0, count=400, random_state=rng)
     assert kept(aligned, a) == pytest.approx(np.ones(400), rel=1e-9)
     assert all(np.linalg.matrix_rank(canary) == 1 for canary in aligned)
+    inner = aligned @ np.linalg.qr(a.T)[0]  # uniform in the row space, although A's rows are not
+    assert np.mean(np.sum(inner**2, axis=1), axis=0) == pytest.approx(np.full(3, 1 / 3), abs=0.08)
     law = stats.beta(1.5, 8.5)
     fresh = [
         np.concatenate([kept(c[None], rng.standard_normal((3, 20))) for c in canaries])

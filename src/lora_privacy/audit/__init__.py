@@ -8,6 +8,13 @@ from lora_privacy._lazy import attach
 
 if TYPE_CHECKING:
     from lora_privacy.audit.bounds import epsilon_clopper_pearson, epsilon_from_counts, strongest
+    from lora_privacy.audit.canary import (
+        Exposure,
+        GoodnessOfFit,
+        exposure,
+        exposure_p_value,
+        gradient_canaries,
+    )
     from lora_privacy.audit.membership import (
         attack_p,
         attack_r,
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
         guess,
         one_run_p_value,
     )
+    from lora_privacy.audit.projection import asymmetry, projection_attack
     from lora_privacy.audit.result import LeakageEstimate, RateEstimate
     from lora_privacy.audit.roc import RocCurve, auc, roc_curve, tpr_at_fpr
     from lora_privacy.audit.sequences import (
@@ -34,10 +42,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Exposure",
+    "GoodnessOfFit",
     "Guesses",
     "LeakageEstimate",
     "RateEstimate",
     "RocCurve",
+    "asymmetry",
     "attack_p",
     "attack_r",
     "auc",
@@ -46,6 +57,9 @@ __all__ = [
     "epsilon_one_run",
     "epsilon_one_run_fdp",
     "epsilon_one_run_scores",
+    "exposure",
+    "exposure_p_value",
+    "gradient_canaries",
     "guess",
     "lira",
     "logit_confidence",
@@ -53,6 +67,7 @@ __all__ = [
     "min_k",
     "min_k_plus_plus",
     "one_run_p_value",
+    "projection_attack",
     "reference_calibrated",
     "rmia",
     "roc_curve",
@@ -64,10 +79,13 @@ __all__ = [
 __getattr__, __dir__ = attach(
     __name__,
     {
+        "Exposure": "canary",
+        "GoodnessOfFit": "canary",
         "Guesses": "one_run",
         "LeakageEstimate": "result",
         "RateEstimate": "result",
         "RocCurve": "roc",
+        "asymmetry": "projection",
         "attack_p": "membership",
         "attack_r": "membership",
         "auc": "roc",
@@ -76,6 +94,9 @@ __getattr__, __dir__ = attach(
         "epsilon_one_run": "one_run",
         "epsilon_one_run_fdp": "one_run",
         "epsilon_one_run_scores": "one_run",
+        "exposure": "canary",
+        "exposure_p_value": "canary",
+        "gradient_canaries": "canary",
         "guess": "one_run",
         "lira": "membership",
         "logit_confidence": "membership",
@@ -83,6 +104,7 @@ __getattr__, __dir__ = attach(
         "min_k": "sequences",
         "min_k_plus_plus": "sequences",
         "one_run_p_value": "one_run",
+        "projection_attack": "projection",
         "reference_calibrated": "sequences",
         "rmia": "membership",
         "roc_curve": "roc",

@@ -54,8 +54,8 @@ def projection_attack(
       without noise the logarithm of the ratio of both residuals.
 
     Steps with one A are rows of a taller matrix: pass them stacked. The sum of such updates is one
-    update of the sum of the gradients. Over layers, and over steps with a fresh A each, add the
-    log-likelihood ratios.
+    update of the sum of the gradients. Over layers or steps with an A each, add the log-likelihood
+    ratios.
 
     Args:
         update: ΔW; with ``a``, the step of the adapter ΔB = -step_size (G Aᵀ + noise) instead.
