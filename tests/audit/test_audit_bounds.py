@@ -158,6 +158,34 @@ def test_leaving_out_delta_fails_the_coverage_test() -> None:
     assert np.sum(claims(scores, delta=0.0, significance=0.05) > 0) > most(0.05)
 
 
+@pytest.mark.parametrize("digits", [9, 0])
+def test_fixed_ranks_match_a_plain_loop(digits: int) -> None:
+    """Oracle: beta quantiles rank by rank; with ties the count stays j - 1. 40 shapes, 1e-7."""
+    rng = np.random.default_rng(28)
+    ranks = sorted({round(EACH ** (i / 3)) for i in range(4)})
+    level = 0.05 / (2 * 2 * len(ranks))
+    winners = set()
+    for _ in range(40):
+        spread = np.where(MEMBERS, *rng.uniform(0.3, 3, 2))
+        scores = np.round(rng.standard_t(2, 2 * EACH) * spread + 3 * MEMBERS, digits)
+        inside, outside = scores[MEMBERS], scores[~MEMBERS]
+        best = (0.0, "none")
+        for j in ranks:
+            edge = stats.beta.isf(level, j, EACH - j + 1)
+            high, low = sorted(outside)[-j], sorted(inside)[j - 1]
+            for side, wrong in (("out", sum(inside <= high)), ("in", sum(outside >= low))):
+                other = stats.beta.isf(level, wrong + 1, EACH - wrong) if wrong < EACH else 1.0
+                for kept, rate in ((0.99 - other, edge), (0.99 - edge, other)):
+                    best = max(best, (math.log(kept / rate) if kept > 0 else 0.0, f"{side}{j}"))
+        winners.add(best[1])
+        found = epsilon_clopper_pearson(
+            scores, MEMBERS, delta=0.01, significance=0.05, selection="bonferroni", candidates=8
+        )
+        assert found.attempts == 2 * len(ranks)
+        assert best[0] - 1e-7 <= found.epsilon <= best[0]
+    assert {"in5", "out5"} <= winners
+
+
 @pytest.mark.parametrize("selection", ["split", "bonferroni"])
 def test_ties_cannot_leak_the_order_of_the_arrays(selection: str) -> None:
     """Equal scores, members first: nothing is shown. Neither does the order matter at all."""

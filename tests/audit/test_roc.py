@@ -111,6 +111,13 @@ def test_rate_on_the_scores_at_hand() -> None:
     assert tpr_at_fpr(scores, mask, fpr=0.03, significance=0.9).value == 0.8
 
 
+def test_equal_scores_show_no_rate() -> None:
+    """No threshold with FPR <= .05 passes any member: the upper end is that of 0 in 200."""
+    found = tpr_at_fpr(np.zeros(400), np.arange(400) < 200, fpr=0.05)
+    assert (found.value, found.low) == (0, 0)
+    assert found.high == pytest.approx(1 - 0.0125 ** (1 / 200), rel=1e-6)
+
+
 def test_too_few_non_members_are_refused_with_the_number_needed() -> None:
     """(1 - .01)^n <= .05/4 first at n = 437."""
     scores, mask = draw(6, 50, 436, 1.0, 1)

@@ -165,12 +165,12 @@ def tpr_at_fpr(
     descending = outside[::-1]
     above = inside.size - int(np.searchsorted(inside, descending[low_rank - 1], side="right"))
     missed = upper_limit(inside.size - above, inside.size, quarter)
-    # The share at or above it has that law, or more.
+    # The share at or above it has that law, or more; a threshold with a smaller share lies above.
     enough = np.flatnonzero(special.betainc(ranks, outside.size - ranks + 1, fpr) <= quarter)
     high = 1.0
     if enough.size:
         reached = inside.size - int(
-            np.searchsorted(inside, descending[int(enough[0])], side="left")
+            np.searchsorted(inside, descending[int(enough[0])], side="right")
         )
         high = float(upper_limit(reached, inside.size, quarter))
     allowed = math.floor(fpr * outside.size * (1 + 1e-12))
