@@ -188,9 +188,9 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_float32_is_as_good_as_float64_where_the_spread_is_wide() -> None:
-    """A value of 3000 edges beside one of 2: a Gram matrix in float32 would lose the latter."""
+    """A value of 30,000 edges beside one of 2: a Gram matrix in float32 would lose the latter."""
     edge = math.sqrt(8) + math.sqrt(768)
-    g = noised(spiked(8, 768, [3000 * edge, 2 * edge], seed=1), 1)[0]
+    g = noised(spiked(8, 768, [30_000 * edge, 2 * edge], seed=1), 1)[0]
     found = torch.linalg.svdvals(denoise(g.float(), 1.0).double())
     expected = torch.linalg.svdvals(denoise(g, 1.0))
     assert found[1] == pytest.approx(float(expected[1]), rel=1e-2)
