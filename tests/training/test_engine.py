@@ -188,6 +188,23 @@ def test_without_noise_and_clip_flora_is_plain_flora_with_the_same_matrices(law:
     assert moved > 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_lie_in_memory_as_their_parameters_do(method: str) -> None:
+    """Fused optimizers go through both by address: a transposed gradient moves other weights."""
+    private = make(model_for(method), method, data=records(40), rate=0.5)
+    caught: list[bool] = []
+    private.optimizer.register_step_pre_hook(
+        lambda *_: caught.extend(
+            p.grad.stride() == p.stride()
+            for p in private.parameters.values()
+            if p.grad is not None
+        )
+    )
+    run(private, epochs=2)
+    assert len(caught) == 4 * len(private.parameters)
+    assert all(caught)
+
+
 def test_the_sum_is_divided_by_the_expected_batch_size() -> None:
     """Each sample adds the same: the gradient is size·g/(q·N), whatever the realised size."""
 

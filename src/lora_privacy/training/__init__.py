@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from lora_privacy.training.guard import WeightDeltaGuard, preflight
     from lora_privacy.training.privacy import NoiseMultiplier, TargetEpsilon
     from lora_privacy.training.recorder import SampleRecorder
+    from lora_privacy.training.trainer import PrivacyArguments, PrivateTrainer
 
 __all__ = [
     "AutomaticClipping",
     "FlatClipping",
     "LayerClipping",
     "NoiseMultiplier",
+    "PrivacyArguments",
+    "PrivateTrainer",
     "PrivateTraining",
     "RowScaling",
     "SampleRecorder",
@@ -53,6 +56,8 @@ __getattr__, __dir__ = attach(
         "FlatClipping": "clipping",
         "LayerClipping": "clipping",
         "NoiseMultiplier": "privacy",
+        "PrivacyArguments": "trainer",
+        "PrivateTrainer": "trainer",
         "PrivateTraining": "engine",
         "RowScaling": "clipping",
         "SampleRecorder": "recorder",

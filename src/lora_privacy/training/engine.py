@@ -759,7 +759,11 @@ class PrivateTraining:
         """What is released of a parameter, in its shape and type."""
         if self._fresh is not None:
             mean = self._fresh.decompress(self._layer(path), mean)
-        return mean.to(self._parameters[path].dtype)
+        parameter = self._parameters[path]
+        if (mean.dtype, mean.stride()) == (parameter.dtype, parameter.stride()):
+            return mean
+        # As autograd does: torch's fused optimizers read both in the order of their memory.
+        return torch.empty_like(parameter).copy_(mean)
 
     def _layer(self, path: str) -> str:
         """Path of the FLoRA layer that the weight at ``path`` belongs to."""

@@ -144,8 +144,8 @@ class PoissonLoader:
     def steps(self) -> Iterator[Iterator[Any]]:
         """The same epoch step by step: each item iterates over the parts of one Poisson batch.
 
-        An empty batch has no part. Whoever drives this calls ``optimizer.step()`` after each part
-        and, where there was none, once.
+        An empty batch has no part. Whoever drives this calls ``optimizer.step()`` once after the
+        parts of each step.
         """
 
         def begun(parts: Iterator[tuple[MicroBatch, Any]]) -> Iterator[Any]:
