@@ -23,9 +23,11 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from lora_privacy.dp import PldAccountant, SampledGaussian
+from lora_privacy.core import GradientProbe, drift, snapshot
+from lora_privacy.dp import PldAccountant, SampledGaussian, implied_privacy
 from lora_privacy.errors import IsolationError, StorageError, UnsupportedTrainingError
 from lora_privacy.training import (
+    NoiseCallback,
     NoiseMultiplier,
     PrivacyArguments,
     PrivateTrainer,
@@ -494,6 +496,60 @@ def test_a_plain_trainer_in_its_place_fails_these_tests(tmp_path: Path) -> None:
     stock.train()
     assert {path.suffix for path in tmp_path.rglob("*")} >= {".pt", ".bin", ".pth"}
     assert any("loss" in logs for logs in stock.state.log_history)
+
+
+# ---- the callback of runs without noise ---------------------------------------------------------
+
+
+def test_the_callback_logs_noise_drift_and_a_reading_that_says_what_it_is(tmp_path: Path) -> None:
+    """Against ‖G(AᵀA/(r·Var) − I)‖/‖G‖ by a probe of its own, the snapshot, and the reading."""
+    model = language_model()
+    before = snapshot(model)
+    reported: list[dict[str, float]] = []
+
+    class Report(TrainerCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            reported.append(dict(kwargs["logs"]))
+
+    ratios: list[float] = []
+
+    class Probe(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.probe = GradientProbe(kwargs["model"])
+            self.probe.__enter__()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            found = [
+                float((r.projected - r.gradient).norm() / r.gradient.norm())
+                for r in self.probe.records.values()
+            ]
+            ratios.append(float(np.median(found)))
+            self.probe.step()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.probe.__exit__()
+
+    plain = Trainer(
+        model, arguments(tmp_path), train_dataset=Sentences(), callbacks=[Report(), Probe()]
+    )
+    NoiseCallback(every=1, delta=DELTA).attach(plain)
+    plain.train()
+    logs = [entry for entry in reported if "loss" in entry]
+    assert [entry["noise_to_gradient"] for entry in logs] == pytest.approx(ratios[1::2], rel=1e-6)
+    assert logs[-1]["drift_of_a"] == pytest.approx(max(drift(model, before).values()))
+    wanted = implied_privacy(
+        layers=[(48, 8), (48, 8)], batch_size=6, dataset_size=SIZE, steps=6, delta=DELTA,
+        distortion=0.5,
+    )  # fmt: skip
+    assert logs[-1]["implied_epsilon_not_a_guarantee"] == wanted.epsilon
+    history = [entry for entry in plain.state.log_history if "loss" in entry]
+    assert history[-1]["drift_of_a"] == logs[-1]["drift_of_a"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_callback_is_refused_in_a_private_run(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedTrainingError, match="leave it out of a PrivateTrainer"):
+        trainer(tmp_path, callbacks=[NoiseCallback()]).train()
 
 
 # ---- two processes ------------------------------------------------------------------------------

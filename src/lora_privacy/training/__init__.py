@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora_privacy._lazy import attach
 
 if TYPE_CHECKING:
+    from lora_privacy.training.callback import NoiseCallback
     from lora_privacy.training.clipping import (
         AutomaticClipping,
         FlatClipping,
@@ -31,6 +32,7 @@ __all__ = [
     "AutomaticClipping",
     "FlatClipping",
     "LayerClipping",
+    "NoiseCallback",
     "NoiseMultiplier",
     "PrivacyArguments",
     "PrivateTrainer",
@@ -55,6 +57,7 @@ __getattr__, __dir__ = attach(
         "AutomaticClipping": "clipping",
         "FlatClipping": "clipping",
         "LayerClipping": "clipping",
+        "NoiseCallback": "callback",
         "NoiseMultiplier": "privacy",
         "PrivacyArguments": "trainer",
         "PrivateTrainer": "trainer",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from lora_privacy.training.engine import Denoiser
     from lora_privacy.training.methods import Method
 
-__all__ = ["PrivacyArguments", "PrivateTrainer"]
+__all__ = ["PrivacyArguments", "PrivateTrainer", "StepLoader", "mean_over_records"]
+
+_logger = logging.getLogger(__name__)
 
 LEDGER = "ledger.jsonl"
 _PRIVATE, _SCHEDULER, _ARGUMENTS = "private_training", "scheduler.json", "training_args.json"
@@ -188,7 +191,7 @@ class PrivateTrainer(Trainer):
             self.private = None
         if self.private is None:
             self.private = self._begin(self._resume)
-        return _StepLoader(self.private)
+        return StepLoader(self.private)
 
     def _begin(self, resume: Path | None) -> PrivateTraining:
         loader = self._loader()
@@ -420,7 +423,7 @@ class PrivateTrainer(Trainer):
             (folder / _ARGUMENTS).write_text(self.args.to_json_string(), encoding="utf-8")
 
 
-class _StepLoader:
+class StepLoader:
     """What the Trainer iterates over: an item a step, which iterates over its parts."""
 
     def __init__(self, private: PrivateTraining) -> None:
@@ -432,6 +435,7 @@ class _StepLoader:
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
         if self._private.steps_left() == 0:
+            _logger.warning("The privacy target has paid for all its steps: the training ends.")
             return iter(())  # the Trainer ends at an epoch without a step
         return self._loader.steps()
 
