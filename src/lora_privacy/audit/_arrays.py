@@ -1,4 +1,4 @@
-"""Arrays that attacks take: their shapes, what they may hold, and messages that say where not."""
+"""Arrays that attacks and bounds take: shapes, what they may hold, messages that say where not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Mask", "agree", "boolean", "finite", "log_probabilities", "refuse"]
+__all__ = ["Array", "Mask", "agree", "boolean", "finite", "log_probabilities", "part", "refuse"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -36,6 +36,30 @@ def boolean(name: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Mask:
         raise TypeError(f"{name} must be boolean, got dtype {array.dtype}.")
     agree(name, array.shape, shape)
     return array
+
+
+def part(scores: npt.ArrayLike, members: npt.ArrayLike) -> tuple[Array, Array]:
+    """Scores of the members and of the others, each in increasing order.
+
+    Args:
+        scores: Shape (n,), higher means member; infinities are allowed, they have a rank.
+        members: Boolean, shape (n,).
+
+    Raises:
+        TypeError: ``members`` is not boolean.
+        ValueError: A shape is wrong, a score is NaN, or one of the two classes is empty.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    agree("scores", values.shape, (None,))
+    mask = boolean("members", members, values.shape)
+    refuse("scores", np.isnan(values), "is NaN; a score that failed is no guess")
+    count = int(mask.sum())
+    if not 0 < count < mask.size:
+        raise ValueError(
+            f"members must mark some scores and leave others, got {count} of {mask.size}. "
+            "One class alone says nothing of the other's error rate."
+        )
+    return np.sort(values[mask]), np.sort(values[~mask])
 
 
 def agree(name: str, found: tuple[int, ...], shape: tuple[int | None, ...]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from lora_privacy.audit._scores import Floats
+from lora_privacy.audit._arrays import Array
 
 __all__ = ["log_below", "log_mass", "log_tail_ratio", "upper_limit"]
 
@@ -29,13 +29,13 @@ def log_tail_ratio(count: int, trials: int, epsilon: float) -> float:
     return float(special.logsumexp(np.concatenate([np.zeros(1), ratios])))
 
 
-def log_below(count: int, trials: int, epsilon: float) -> Floats:
+def log_below(count: int, trials: int, epsilon: float) -> Array:
     """Logarithms of P[W = count - i] / P[W = count] for i = 1 … count."""
     step = np.arange(count, 0, -1, dtype=np.float64)
     return np.cumsum(np.log(step / (trials - step + 1.0)) - epsilon)
 
 
-def upper_limit(counts: npt.ArrayLike, trials: int, significance: float) -> Floats:
+def upper_limit(counts: npt.ArrayLike, trials: int, significance: float) -> Array:
     """Clopper–Pearson upper limits: the rate above which ``counts`` or fewer are too rare.
 
     P[rate > limit] <= significance for a binomial count, whatever the rate. Rounded up; 1 where

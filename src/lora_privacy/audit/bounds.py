@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
+from lora_privacy.audit._arrays import Array, part
 from lora_privacy.audit._binomial import upper_limit
-from lora_privacy.audit._scores import Floats, part
 from lora_privacy.audit.result import NOT_STATED, Adjacency, LeakageEstimate
 
 __all__ = ["Selection", "epsilon_clopper_pearson", "epsilon_from_counts", "strongest"]
@@ -198,8 +198,8 @@ def strongest(
 
 
 def _on_a_held_out_half(
-    inside: Floats,
-    outside: Floats,
+    inside: Array,
+    outside: Array,
     delta: float,
     significance: float,
     threat_model: str,
@@ -239,8 +239,8 @@ def _on_a_held_out_half(
 
 
 def _over_fixed_ranks(
-    inside: Floats,
-    outside: Floats,
+    inside: Array,
+    outside: Array,
     delta: float,
     significance: float,
     threat_model: str,
@@ -291,7 +291,7 @@ def _ranks(size: int, count: int) -> npt.NDArray[np.int64]:
     return np.unique(np.rint(np.geomspace(1, size, count)).astype(np.int64))
 
 
-def _epsilon(missed: Floats, alarms: Floats, delta: float) -> Floats:
+def _epsilon(missed: Array, alarms: Array, delta: float) -> Array:
     """ε from upper limits of FNR and FPR, the larger direction, rounded down; at least 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         forward = np.log((1.0 - delta - missed) / alarms)

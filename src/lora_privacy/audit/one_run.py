@@ -15,8 +15,8 @@ import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy import _validate
+from lora_privacy.audit._arrays import Array, part
 from lora_privacy.audit._binomial import log_below, log_mass, log_tail_ratio
-from lora_privacy.audit._scores import Floats, part
 from lora_privacy.audit.result import NOT_STATED, Adjacency, LeakageEstimate
 
 __all__ = [
@@ -385,7 +385,7 @@ def _refuted(canaries: int, guesses: int, correct: int, mu: float, significance:
     return False
 
 
-def _least_right(inside: Floats, outside: Floats, top: int) -> int:
+def _least_right(inside: Array, outside: Array, top: int) -> int:
     """Members among the ``top`` highest, where equals at the boundary count as wrong first."""
     if top == 0:
         return 0

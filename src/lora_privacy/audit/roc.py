@@ -16,8 +16,8 @@ import numpy.typing as npt
 from scipy import special
 
 from lora_privacy import _validate
+from lora_privacy.audit._arrays import Array, part
 from lora_privacy.audit._binomial import upper_limit
-from lora_privacy.audit._scores import Floats, part
 from lora_privacy.audit.result import NOT_STATED, RateEstimate
 
 __all__ = ["RocCurve", "auc", "roc_curve", "tpr_at_fpr"]
@@ -39,9 +39,9 @@ class RocCurve:
         thresholds: Shape (k,), decreasing; the first is infinite. Equal scores pass together.
     """
 
-    fpr: Floats
-    tpr: Floats
-    thresholds: Floats
+    fpr: Array
+    tpr: Array
+    thresholds: Array
 
 
 def roc_curve(scores: npt.ArrayLike, members: npt.ArrayLike) -> RocCurve:
