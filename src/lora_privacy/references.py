@@ -309,6 +309,59 @@ _ALL = (
         venue="Journal of the American Statistical Association 58(301)",
         kind="article",
     ),
+    Reference(
+        key="ye-attacks-2022",
+        authors="Ye, Jiayuan and Maddi, Aadyaa and Murakonda, Sasi Kumar and Bindschaedler, "
+        "Vincent and Shokri, Reza",
+        title="Enhanced Membership Inference Attacks against Machine Learning Models",
+        year=2022,
+        venue="ACM CCS 2022, arXiv:2111.09679",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="carlini-lira-2022",
+        authors="Carlini, Nicholas and Chien, Steve and Nasr, Milad and Song, Shuang and Terzis, "
+        "Andreas and Tramèr, Florian",
+        title="Membership Inference Attacks From First Principles",
+        year=2022,
+        venue="IEEE S&P 2022, arXiv:2112.03570",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="zarifzadeh-rmia-2024",
+        authors="Zarifzadeh, Sajjad and Liu, Philippe and Shokri, Reza",
+        title="Low-Cost High-Power Membership Inference Attacks",
+        year=2024,
+        venue="ICML 2024, arXiv:2312.03262",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="carlini-secrets-2019",
+        authors="Carlini, Nicholas and Liu, Chang and Erlingsson, Úlfar and Kos, Jernej and Song, "
+        "Dawn",
+        title="The Secret Sharer: Evaluating and Testing Unintended Memorization in Neural "
+        "Networks",
+        year=2019,
+        venue="USENIX Security 2019, arXiv:1802.08232",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="shi-min-k-2024",
+        authors="Shi, Weijia and Ajith, Anirudh and Xia, Mengzhou and others",
+        title="Detecting Pretraining Data from Large Language Models",
+        year=2024,
+        venue="ICLR 2024, arXiv:2310.16789",
+        kind="inproceedings",
+    ),
+    Reference(
+        key="zhang-min-k-plus-plus-2025",
+        authors="Zhang, Jingyang and Sun, Jingwei and Yeats, Eric and others",
+        title="Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language "
+        "Models",
+        year=2025,
+        venue="ICLR 2025, arXiv:2404.02936",
+        kind="inproceedings",
+    ),
 )
 
 REFERENCES: dict[str, Reference] = {reference.key: reference for reference in _ALL}

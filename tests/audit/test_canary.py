@@ -180,9 +180,11 @@ def test_exposure_as_text_and_json() -> None:
     found = exposure(3.0, [0.0, 1.0, 2.0, 3.0], space=5)
     assert str(found) == (
         "Exposure 1.322 of 2.322 bits, by rank among all of 5 equally likely secrets; "
-        "rank 2 of 5, p = 0.4."
+        "rank 2 of 5, p = 0.4 [Carlini, Nicholas and Liu, Chang and Erlingsson, Úlfar and Kos, "
+        "Jernej and Song, Dawn (2019), USENIX Security 2019, arXiv:1802.08232]."
     )
-    assert json.loads(json.dumps(found.to_dict()))["p_value"] == 0.4
+    record = json.loads(json.dumps(found.to_dict()))
+    assert (record["p_value"], record["references"]) == (0.4, ["carlini-secrets-2019"])
     assert isinstance(found, Exposure)
 
 

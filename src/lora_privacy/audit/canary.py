@@ -21,6 +21,7 @@ from scipy import special, stats
 
 from lora_privacy import _validate
 from lora_privacy.audit._arrays import Array, finite
+from lora_privacy.references import cite
 
 __all__ = [
     "CanaryKind",
@@ -38,6 +39,7 @@ CanaryKind = Literal["random", "basis", "aligned"]
 # One score in so many tests the fit; a smaller share would test less, a larger one fit worse.
 _TESTED = 5
 _LEAST_ALTERNATIVES = 250  # 50 scores that test
+_REFERENCES = ("carlini-secrets-2019",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,12 @@ class Exposure:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields."""
-        return {"kind": "canary exposure", **asdict(self), "p_value": self.p_value}
+        return {
+            "kind": "canary exposure",
+            **asdict(self),
+            "p_value": self.p_value,
+            "references": list(_REFERENCES),
+        }
 
     def __str__(self) -> str:
         """One sentence to paste."""
@@ -96,7 +103,8 @@ class Exposure:
             )
         return (
             f"Exposure {self.bits:.4g} of {math.log2(self.space):.4g} bits, {how}; rank "
-            f"{self.rank} of {self.alternatives + 1}, p = {self.p_value:.3g}."
+            f"{self.rank} of {self.alternatives + 1}, p = {self.p_value:.3g} "
+            f"[{cite(*_REFERENCES)}]."
         )
 
 
