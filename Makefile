@@ -22,10 +22,12 @@ demo: $(STAMPS)/install $(STAMPS)/demo-model  ## fine-tune, measure and report o
 
 test: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm lint types layers unit  ## everything that CI checks
 
-examples: $(STAMPS)/install $(STAMPS)/demo-model  ## train privately by LoRA and by FLoRA, in five minutes; not part of CI
+examples: $(STAMPS)/install $(STAMPS)/demo-model  ## train privately by LoRA, by FLoRA and by two processes, in six minutes; not part of CI
 	rm -rf reports/examples
 	OMP_NUM_THREADS=1 $(BIN)/python examples/train_dp_lora.py --output reports/examples/dp-lora
 	OMP_NUM_THREADS=1 $(BIN)/python examples/train_dp_flora.py --output reports/examples/dp-flora
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
+	    examples/train_dp_two_processes.py --output reports/examples/two-processes
 
 lint: $(STAMPS)/dev
 	@echo "== ruff: format and lint"
@@ -55,6 +57,8 @@ bench: $(STAMPS)/dev $(STAMPS)/demo-model  ## benchmarks: ratios with intervals,
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pld.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pairwise.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/denoise.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rmia.py
 
 soundness: $(STAMPS)/dev  ## no accountant below a certified lower end, on 10,000 random ledgers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soundness.py

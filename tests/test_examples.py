@@ -74,3 +74,66 @@ def test_dp_flora_on_tickets(tmp_path: Path) -> None:
     assert "dp-sgd would need" in done.stdout
     check_output(tmp_path / "run", done.stdout)
     assert (tmp_path / "run" / "release" / "flora_model.safetensors").exists()
+
+
+def test_two_processes_on_tickets(tmp_path: Path) -> None:
+    options = ["--train-size", "24", "--dev-size", "8", "--batch-size", "12", "--epochs", "1"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            EXAMPLES / "train_dp_two_processes.py",
+            *(*options, "--delta", "1e-3", "--output", tmp_path / "run"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bytes a step each way" in done.stdout
+    check_output(tmp_path / "run", done.stdout)
+
+
+def test_dp_causal_lm_resumes(tmp_path: Path) -> None:
+    """A tiny model with MiniLM's tokenizer stands for SmolLM2."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lora_privacy.assess import AssessConfig
+    from lora_privacy.assess.models import load_model
+
+    _, tokenizer = load_model(AssessConfig(), 2)
+    tokenizer.eos_token = tokenizer.sep_token
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    pairs = tmp_path / "pairs.csv"
+    with pairs.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["mr", "ref"])
+        rows.writerows((f"name[{text[:9]}]", text) for text in tickets(24, seed=0).texts)
+    files = ["--train", str(pairs), "--dev", str(pairs), "--dev-size", "8", "--steps", "2"]
+    options = [
+        "--model",
+        str(tmp_path / "tiny"),
+        "--physical-batch-size",
+        "4",
+        "--batch-size",
+        "12",
+    ]
+    command = [
+        *(sys.executable, EXAMPLES / "train_dp_causal_lm.py", *files, *options),
+        *("--delta", "1e-3", "--output", tmp_path / "run"),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "eval_loss" in done.stdout
+    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 1 + 2
+    assert (tmp_path / "run" / "release" / "adapter_model.safetensors").exists()
+    assert not list((tmp_path / "run").rglob("*.bin"))
+    bound = json.loads((tmp_path / "run" / "release" / "privacy.json").read_text())
+    assert 7 < bound["epsilon"] <= 8

@@ -8,7 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/howto-train-privately.md"])
+PAGES = (
+    "README.md",
+    "docs/howto-train-privately.md",
+    "docs/howto-restore-singular-values.md",
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_examples_of_the_page_are_true(page: str) -> None:
     result = doctest.testfile(str(ROOT / page), module_relative=False)
     assert result.attempted > 0

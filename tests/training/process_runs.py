@@ -153,6 +153,15 @@ def refusals(rank: int) -> dict[str, Any]:
             make("dp-sgd", model_for("dp-sgd"), records(), **options)
         except (LoraPrivacyError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
+    model = model_for("dp-sgd")
+    try:
+        make_private(
+            model, torch.optim.SGD(model.parameters(), lr=0.1 + rank), DataLoader(records()),
+            method="dp-sgd", max_grad_norm=1.0, privacy=NoiseMultiplier(1.0), delta=DELTA,
+            distributed=True,
+        )  # fmt: skip
+    except ProcessError as error:
+        found["rate"] = str(error)
     try:
         make("dp-sgd", model_for("dp-lora" if rank else "dp-sgd"), records(), distributed=True)
     except ProcessError as error:

@@ -246,6 +246,8 @@ def make_private(
         else:
             training._resume(Path(resume), privacy)
         processes.same("what it trains", training._facts())
+        groups = optimizer.state_dict()["param_groups"]
+        processes.same("the optimizer", [type(optimizer).__name__, *map(repr, groups)])
     except BaseException:
         training.close()  # the ledger's file, for another try
         raise
