@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from lora_privacy.training.methods import Method
 
 CLASSES, VOCABULARY, WIDTH = 2, 1000, 384
-ALL_LINEAR = (
-    r"encoder\.encoder\..*\.(query|key|value|dense)"  # the pooler, which nothing calls, is left out
-)
+# The pooler, which nothing calls, is left out.
+ALL_LINEAR = r"encoder\.encoder\..*\.(query|key|value|dense)"
 SAME = 1e-4  # largest relative difference of two gradients that count as the same
 NO_NOISE = 1e-12  # ours refuses 0
 
