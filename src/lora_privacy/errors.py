@@ -94,7 +94,7 @@ class StalePrefixError(PrefixError):
 
 
 class StorageError(LoraPrivacyError):
-    """A saved adapter is missing, damaged, or belongs to another model."""
+    """A saved adapter or file of arrays is missing, damaged, or belongs to another run."""
 
 
 class UnsupportedTrainingError(LoraPrivacyError):

@@ -315,6 +315,56 @@ def test_changed_weights_make_it_stale_and_equal_ones_do_not() -> None:
         use()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_adapter_on_the_same_base_shares_the_states(family: str) -> None:
+    """Oracle: the other model itself, whose B is another; nothing is copied; 1e-6."""
+    first, other = lora(tiny(family), 2), lora(tiny(family), 2)
+    for adapter in adapters(other).values():
+        adapter.layer.expand.weight.data.mul_(-2.0)
+    shared = filled(first, family).over(other)
+    batch = examples(family, [0, 1, 4])
+    expected = trace(other, batch)
+    with shared.using([0, 1, 4], batch["attention_mask"]):
+        agree(trace(other, batch), expected)
+    with pytest.raises(AssertionError):
+        agree(trace(first, batch), expected)
+
+
+def test_shared_states_stay_when_either_grows() -> None:
+    """A later fill of one neither moves the other's states nor shows up in it."""
+    first, other = lora(tiny("bert"), 2), lora(tiny("bert"), 2)
+    prefix = CachedPrefix(first)
+    prefix.fill([([0, 1, 2], examples("bert", [0, 1, 2])), ([3], examples("bert", [3]))])
+    shared = prefix.over(other)
+    assert shared.nbytes < prefix.nbytes  # without the spare room that doubling left
+    prefix.fill([([4], examples("bert", [4]))])
+    shared.fill([([5], examples("bert", [5]))])
+    assert (4 in prefix, 5 in prefix, 4 in shared, 5 in shared) == (True, False, False, True)
+    for mine, model, rows in ((prefix, first, [0, 3, 4]), (shared, other, [0, 3, 5])):
+        batch = examples("bert", rows)
+        expected = trace(model, batch)
+        with mine.using(rows, batch["attention_mask"]):
+            agree(trace(model, batch), expected)
+
+
+def test_another_base_cannot_share() -> None:
+    prefix = filled(lora(tiny("bert"), 2), "bert")
+    moved = lora(tiny("bert"), 2)
+    moved.bert.encoder.layer[0].output.dense.bias.data[3] += 1e-6
+    with pytest.raises(StalePrefixError, match="other weights below"):
+        prefix.over(moved)
+    with pytest.raises(PrefixError, match="must have 2 frozen blocks, got 1"):
+        prefix.over(lora(tiny("bert"), 1))
+    trainable = lora(tiny("bert"), 2)
+    trainable.bert.embeddings.requires_grad_(True)
+    with pytest.raises(PrefixError, match="must be frozen"):
+        prefix.over(trainable)
+    with pytest.raises(PrefixError, match="has no bert"):
+        prefix.over(lora(tiny("llama"), 2))
+    nothing = lora(tiny("bert"), 0)
+    assert CachedPrefix(nothing).over(nothing).depth == 0
+
+
 def test_a_trainable_embedding_is_refused() -> None:
     """Frozen blocks on top of weights that move are no prefix."""
     model = lora(tiny("gpt2"), 1)

@@ -8,9 +8,18 @@ if TYPE_CHECKING:
     from lora_privacy.assess.config import AssessConfig
     from lora_privacy.assess.result import Assessment
     from lora_privacy.assess.run import assess
+    from lora_privacy.assess.shadows import ShadowFit, Shadows, train_shadows
 
-__all__ = ["AssessConfig", "Assessment", "assess"]
+__all__ = ["AssessConfig", "Assessment", "ShadowFit", "Shadows", "assess", "train_shadows"]
 
 __getattr__, __dir__ = attach(
-    __name__, {"AssessConfig": "config", "Assessment": "result", "assess": "run"}
+    __name__,
+    {
+        "AssessConfig": "config",
+        "Assessment": "result",
+        "ShadowFit": "shadows",
+        "Shadows": "shadows",
+        "assess": "run",
+        "train_shadows": "shadows",
+    },
 )

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from lora_privacy.assess.measure import NoiseMeter
     from lora_privacy.core import CachedPrefix
 
-__all__ = ["Score", "TrainingCurve", "evaluate", "fine_tune", "loss_of", "trained_parameters"]
+__all__ = [
+    "Score",
+    "TrainingCurve",
+    "advance",
+    "backward",
+    "evaluate",
+    "fine_tune",
+    "loss_of",
+    "optimizer_of",
+    "prefixed",
+    "trained_parameters",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +102,7 @@ def evaluate(
     losses, right = [], 0
     with torch.no_grad():
         for batch in data.ordered(4 * config.batch_size):
-            with _prefixed(prefix, batch):
+            with prefixed(prefix, batch):
                 loss, logits = loss_of(model, batch, config.task)
             losses.append(loss)
             if logits is not None:
@@ -133,12 +144,7 @@ def fine_tune(
     Raises:
         NonFiniteError: The loss is NaN or infinite.
     """
-    dense, factors = _trained(model, method)
-    groups = [
-        {"params": dense, "lr": config.dense_learning_rate},
-        {"params": factors, "lr": config.learning_rate},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+    optimizer = optimizer_of(model, config, method)
     rng = np.random.default_rng(config.seed)
     per_epoch = math.ceil(len(train) / config.batch_size)
     losses: list[float] = []
@@ -150,23 +156,11 @@ def fine_tune(
         for _ in range(config.epochs):
             for batch in train.shuffled(config.batch_size, rng):
                 started = time.perf_counter(), time.process_time()
-                with _prefixed(prefixes[0], batch):
-                    loss = loss_of(model, batch, config.task)[0].mean()
-                    loss.backward()
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"the loss is {value} at step {len(losses) + 1} of {method}; use a "
-                        f"smaller learning rate than {config.learning_rate:g}."
-                    )
+                where = f"step {len(losses) + 1} of {method}"
+                value = backward(model, batch, config, prefixes[0], where)
                 if probe.records:
                     meter.add(probe.records)
-                if method == "flora":
-                    decompress(model)
-                optimizer.step()
-                optimizer.zero_grad()
-                if method == "flora":
-                    refresh(model)
+                advance(model, optimizer, method)
                 probe.step()
                 wall += time.perf_counter() - started[0]
                 cpu += time.process_time() - started[1]
@@ -184,6 +178,52 @@ def fine_tune(
     )
 
 
+def optimizer_of(model: nn.Module, config: AssessConfig, method: Method) -> torch.optim.AdamW:
+    """AdamW on all that ``method`` trains, without weight decay."""
+    dense, factors = _trained(model, method)
+    groups = [
+        {"params": dense, "lr": config.dense_learning_rate},
+        {"params": factors, "lr": config.learning_rate},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+
+
+def backward(
+    model: nn.Module,
+    batch: Batch,
+    config: AssessConfig,
+    prefix: CachedPrefix | None,
+    where: str,
+) -> float:
+    """Leave the gradient of the mean loss of ``batch``, and return that loss.
+
+    ``where`` says in an error which step it was.
+
+    Raises:
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    with prefixed(prefix, batch):
+        loss = loss_of(model, batch, config.task)[0].mean()
+        loss.backward()
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss is {value} at {where}; use a smaller learning rate than "
+            f"{config.learning_rate:g}."
+        )
+    return value
+
+
+def advance(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
+    """Take the step of ``method`` with the gradients that are there, and clear them."""
+    if method == "flora":
+        decompress(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    if method == "flora":
+        refresh(model)
+
+
 def _trained(model: nn.Module, method: Method) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(FLoRA's dense weights, trained factors and head)."""
     layers = list(flora_layers(model).values()) if method == "flora" else []
@@ -198,7 +238,8 @@ def trained_parameters(model: nn.Module, method: Method) -> int:
     return sum(p.numel() for group in _trained(model, method) for p in group)
 
 
-def _prefixed(prefix: CachedPrefix | None, batch: Batch):  # noqa: ANN202
+def prefixed(prefix: CachedPrefix | None, batch: Batch):  # noqa: ANN201
+    """Take the frozen blocks' output of ``batch`` from memory inside the block, if any is."""
     if prefix is None:
         return nullcontext()
     return prefix.using(batch.ids, batch.attention_mask)

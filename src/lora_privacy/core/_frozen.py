@@ -10,7 +10,7 @@ import torch
 from lora_privacy.errors import PrefixError, StalePrefixError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["FrozenWeights"]
 
@@ -50,6 +50,28 @@ class FrozenWeights:
                 "CachedPrefix."
             )
         self._seen = seen
+
+    def of(self, model: nn.Module) -> FrozenWeights:
+        """The weights of these names in another model.
+
+        Raises:
+            PrefixError: One of them is missing or trainable.
+            StalePrefixError: One of them is not what it was here at construction.
+        """
+        tensors = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        missing = [name for name in self._weights if name not in tensors]
+        if missing:
+            raise PrefixError(f"The other model has no {', '.join(missing[:5])}.")
+        others = FrozenWeights({name: tensors[name] for name in self._weights})
+        if others._digest != self._digest:
+            raise StalePrefixError(
+                "The other model has other weights below its first adapted block; give it a "
+                "CachedPrefix of its own."
+            )
+        return others
 
     def _check_frozen(self) -> None:
         trainable = [name for name, tensor in self._weights.items() if tensor.requires_grad]

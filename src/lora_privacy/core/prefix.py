@@ -127,6 +127,33 @@ class CachedPrefix:
                     check_agreement(full, cached, inputs.get("attention_mask"), self._states.dtype)
             first = False
 
+    def over(self, model: nn.Module) -> CachedPrefix:
+        """What is remembered, for another model of the same frozen blocks; no state is copied.
+
+        So that many adapters on one base, trained one after the other, need one `fill`.
+
+        Args:
+            model: Built like the model of this prefix. Its weights below `depth` are compared,
+                its code is not.
+
+        Raises:
+            PrefixError: It has another number of frozen blocks, or lacks a weight.
+            StalePrefixError: A frozen weight differs.
+        """
+        other = CachedPrefix(model, self._dtype)
+        if other.depth != self.depth:
+            raise PrefixError(
+                f"The other model must have {self.depth} frozen blocks, got {other.depth}; adapt "
+                "the same blocks."
+            )
+        if self._weights is not None:
+            other._weights = self._weights.of(model)
+        # Without the spare room, so that a later fill() of either grows a tensor of its own.
+        other._states, other._used = self._states[: self._used], self._used
+        other._rows = dict(self._rows)
+        other._hidden_dtype, other._tuples = self._hidden_dtype, list(self._tuples)
+        return other
+
     @contextmanager
     def using(
         self, example_ids: Sequence[Hashable] | Tensor, attention_mask: Tensor | None = None
