@@ -6,6 +6,7 @@ Proofs: ``docs/theory/auditing.md``, sections 1, 3 and 7.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal, get_args
@@ -109,7 +110,7 @@ def epsilon_clopper_pearson(
     threat_model: str = NOT_STATED,
     adjacency: Adjacency = "add-remove",
     selection: Selection = "split",
-    seed: int = 0,
+    seed: int | None = None,
     candidates: int = 16,
 ) -> LeakageEstimate:
     """Lower bound on ε from scores of independent trials, the threshold chosen honestly.
@@ -131,7 +132,9 @@ def epsilon_clopper_pearson(
         threat_model: What the attacker sees and chooses; printed.
         adjacency: Whether a canary that is out is absent or replaced by another record.
         selection: How the threshold is chosen.
-        seed: Of the split; fixed beforehand.
+        seed: Of the split; None draws one from the operating system and reports it. A seed of
+            one's own picks trials by their place: the order must then be that of the trials, and
+            must not depend on the scores.
         candidates: Thresholds that ``"bonferroni"`` may try, at least 2; fixed beforehand.
 
     Raises:
@@ -145,8 +148,11 @@ def epsilon_clopper_pearson(
     _validate.choice("selection", selection, SELECTIONS)
     inside, outside = part(scores, members)
     if selection == "split":
+        # In the order of the trials: halves of sorted scores, by a fixed seed, would be fixed
+        # ranks, which no limit covers.
+        values, mask = np.asarray(scores, dtype=np.float64), np.asarray(members)
         return _on_a_held_out_half(
-            inside, outside, delta, significance, threat_model, adjacency, seed
+            values[mask], values[~mask], delta, significance, threat_model, adjacency, seed
         )
     candidates = _validate.integer("candidates", candidates, 2)
     return _over_fixed_ranks(
@@ -204,8 +210,9 @@ def _on_a_held_out_half(
     significance: float,
     threat_model: str,
     adjacency: Adjacency,
-    seed: int,
+    seed: int | None,
 ) -> LeakageEstimate:
+    seed = secrets.randbits(32) if seed is None else _validate.integer("seed", seed, 0)
     rng = np.random.default_rng(seed)
     inside, outside = rng.permutation(inside), rng.permutation(outside)
     chosen_in, kept_in = np.sort(inside[: inside.size // 2]), inside[inside.size // 2 :]
@@ -234,7 +241,8 @@ def _on_a_held_out_half(
         report,
         canaries=inside.size + outside.size,
         ceiling=ceiling,
-        method=f"Clopper–Pearson limits, threshold {threshold:.6g} chosen on the other half",
+        method=f"Clopper–Pearson limits, threshold {threshold:.6g} chosen on the other half "
+        f"(seed {seed})",
     )
 
 
