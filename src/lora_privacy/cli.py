@@ -237,6 +237,65 @@ def calibrate(
         typer.echo(json.dumps(answer.to_dict(), indent=1) if as_json else answer.text())
 
 
+@app.command()
+def audit(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Scores: a .csv with the columns score,member, or an .npz with scores and "
+            "members. Or an .npz of train_shadows, with a target."
+        ),
+    ],
+    delta: Annotated[float, typer.Option(help="δ of the lower bound on ε.")],
+    significance: Annotated[
+        float, typer.Option(help="Probability of a false claim, of each kind.")
+    ] = 0.05,
+    fpr: Annotated[float, typer.Option(help="False-positive rate of the TPR.")] = 0.01,
+    one_run: Annotated[
+        bool,
+        typer.Option(
+            "--one-run",
+            help="All scores come from one training run, in which a fair coin of its own put each "
+            "record in or left it out. Without it, each score has a run of its own.",
+        ),
+    ] = False,
+    guesses: Annotated[
+        list[int] | None,
+        typer.Option(help="Guesses of a one-run audit; half the records if absent; repeatable."),
+    ] = None,
+    selection: Annotated[
+        str,
+        typer.Option(help="Pay for 16 thresholds (bonferroni), or choose one on a half (split)."),
+    ] = "bonferroni",
+    target: Annotated[
+        int | None, typer.Option(help="Number of the shadow that plays the target, from 0.")
+    ] = None,
+    threat_model: Annotated[
+        str | None, typer.Option(help="What the attacker sees and chooses; printed.")
+    ] = None,
+    adjacency: Adjacency = "add-remove",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """What attacks got, from saved scores: AUC, TPR, and ε from below. Evidence, no guarantee."""
+    with _named_errors(debug=debug):
+        from lora_privacy.assess.auditing import AuditConfig, read
+        from lora_privacy.assess.auditing import audit as run
+
+        config = AuditConfig(
+            delta=delta,
+            significance=significance,
+            fpr=fpr,
+            one_run=one_run,
+            guesses=tuple(guesses or ()),
+            selection=selection,  # pyright: ignore[reportArgumentType]  (checked by the config)
+            adjacency=adjacency,  # pyright: ignore[reportArgumentType]  (checked by the config)
+            threat_model=threat_model,
+        )
+        report = run(read(file, target), config)
+        typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
+
+
 def _column(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
