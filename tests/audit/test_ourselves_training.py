@@ -234,7 +234,7 @@ def play(
     rng = np.random.default_rng(20240917 if key is None else key)
     flora, replaced = method == "dp-flora", adjacency == "replace"
     fixed = None if flora else dense() if method == "dp-sgd" else low_rank(method)
-    rank, features, count = 2, 8, 1024
+    rank, features, count = 2, 8, 2048
     again = RandomProjection(rank, features, law, seed=KNOWN, layer="0").matrix(0).numpy()  # pyright: ignore
     scores, coins, accountants, played = [], [], [], 0
     while played < games:

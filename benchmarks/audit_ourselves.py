@@ -1,0 +1,86 @@
+"""The tables of docs/theory/auditing-ourselves.md: what audits of our own mechanisms show.
+
+They play the games of tests/audit/test_ourselves_*.py, with their fixed seeds: a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "audit"))
+
+import test_ourselves_dp as mechanisms  # pyright: ignore[reportMissingImports]
+import test_ourselves_training as training  # pyright: ignore[reportMissingImports]
+
+
+def table(*head: str) -> None:
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+
+
+def line(*cells: object) -> None:
+    texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print("| " + " | ".join(texts) + " |", flush=True)
+
+
+def described(options: dict[str, object]) -> str:
+    """Settings of a step, the defaults too."""
+    shown = {"z": 1.0, "rate": 1.0, "adjacency": "add-remove", **options}
+    extra = [f"{options['law']} A"] if "law" in options else []
+    return ", ".join(
+        [f"z = {shown['z']}", f"q = {shown['rate']}", str(shown["adjacency"]), *extra]
+    )
+
+
+def main() -> None:
+    table("mechanism", "δ", "claimed ε", "audited ε ≥", "share")
+    for game in mechanisms.GAMES:
+        claimed, found = min(game.claims().values()), game.found()
+        line(game.name, game.delta, claimed, found, f"{found / claimed:.0%}")
+
+    table("sabotaged mechanism", "sabotage", "claimed ε", "audited ε ≥", "factor")
+    for game in [*mechanisms.PLAIN, *mechanisms.PROJECTED]:
+        claimed = game.claims()["pld"]
+        kinds = {"half the noise": {"noise": 0.5}}
+        if game.name.startswith("sampled"):
+            kinds["no coins"] = {"sampled": False}
+        if game in mechanisms.PROJECTED and game.options is mechanisms.ONE:
+            kinds["A used again"] = {"fresh": False}
+        for name, sabotage in kinds.items():
+            found = game.found(**sabotage)
+            line(game.name, name, claimed, found, f"{found / claimed:.1f}")
+
+    table("method", "step", "games", "claimed ε", "audited ε ≥", "share")
+    for method, options, _ in training.HONEST:
+        played = training.play(method, **options)
+        found = training.audited(played).epsilon
+        share = f"{found / played.claimed:.0%}"
+        line(method, described(options), len(played.scores), played.claimed, found, share)
+    played, plain, gaussian = training.one_run()
+    proved = played.accountant.epsilon(plain.delta).epsilon
+    share = f"{plain.epsilon / proved:.0%}"
+    step = f"one run, δ = {plain.delta:g}"
+    line("dp-sgd", step, len(played.scores), proved, plain.epsilon, share)
+    line("dp-sgd", "one run, μ", len(played.scores), 1.0, gaussian.mu, f"{gaussian.mu:.0%}")
+
+    table("sabotaged method", "sabotage", "step", "games", "claimed ε", "audited ε ≥", "factor")
+    for sabotage, method, options, _ in training.SABOTAGED:
+        with sabotage():
+            played = training.play(method, **options)
+        found = training.audited(played).epsilon
+        name = "A used again" if "known" in options else sabotage.__name__.replace("_", " ")
+        factor = f"{found / played.claimed:.1f}"
+        line(
+            method, name, described(options), len(played.scores), played.claimed, found, factor
+        )  # fmt: skip
+    with training.the_realised_size_divides():
+        played = training.size_games()
+    found = training.audited(played).epsilon
+    line(
+        "dp-sgd", "realised size divides", "z = 4.0, q = 0.5, add-remove", len(played.scores),
+        played.claimed, found, f"{found / played.claimed:.1f}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
