@@ -61,7 +61,7 @@ class Canaries:
             dp-flora, those changes projected onto what A sees.
     """
 
-    model: nn.Sequential
+    model: nn.Module
     inputs: Tensor
     rows: Tensor
     columns: Tensor
@@ -80,6 +80,29 @@ def dense(side: int = 320) -> Canaries:
     nn.init.zeros_(model[0].weight)  # pyright: ignore[reportArgumentType]
     rows, columns = grid(range(side), range(side))
     return Canaries(model, torch.eye(side), rows, columns, lambda c: c["0.weight"].flatten())
+
+
+class TwoLayers(nn.Module):
+    """The same gradient in both, so that one canary reaches the limit of each."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(side, side, bias=False)
+        self.second = nn.Linear(side, side, bias=False)
+        nn.init.zeros_(self.first.weight)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
+def two_layers(side: int = 224) -> Canaries:
+    """dp-sgd with a clip for each layer: gradient of canary (i, j) is entry ij of both weights."""
+    rows, columns = grid(range(side), range(side))
+    return Canaries(
+        TwoLayers(side), torch.eye(side), rows, columns,
+        lambda c: (c["first.weight"] + c["second.weight"]).flatten() / 2**0.5,
+    )  # fmt: skip
 
 
 def low_rank(method: str, side: int = 512, rank: int = 32) -> Canaries:
@@ -162,6 +185,7 @@ def one_step(
     key: int | None,
     part: int | None,
     seen: list[int],
+    rule: str = "flat",
     known: int | None = None,
 ) -> tuple[dict[str, Tensor], PldAccountant]:
     """One real step: minus the change of each trained parameter times q·N, and what it cost.
@@ -185,6 +209,7 @@ def one_step(
             sample_rate=rate,
             adjacency=adjacency,  # pyright: ignore[reportArgumentType]
             physical_batch_size=part,
+            clipping=rule,  # pyright: ignore[reportArgumentType]
             secure=key is None,
         )
     if private._fresh is not None:
@@ -219,6 +244,7 @@ def play(
     games: int = 100_000,
     key: int | None = 0,
     law: str = "orthonormal",
+    rule: str = "flat",
     known: int | None = None,
     aligned: bool = False,
     together: bool = False,
@@ -233,7 +259,10 @@ def play(
     """
     rng = np.random.default_rng(20240917 if key is None else key)
     flora, replaced = method == "dp-flora", adjacency == "replace"
-    fixed = None if flora else dense() if method == "dp-sgd" else low_rank(method)
+    if rule == "per-layer":
+        fixed = two_layers()
+    else:
+        fixed = None if flora else dense() if method == "dp-sgd" else low_rank(method)
     rank, features, count = 2, 8, 2048
     again = RandomProjection(rank, features, law, seed=KNOWN, layer="0").matrix(0).numpy()  # pyright: ignore
     scores, coins, accountants, played = [], [], [], 0
@@ -251,7 +280,8 @@ def play(
         seen: list[int] = []
         change, accountant = one_step(
             canaries, members, method, z=z, rate=rate, adjacency=adjacency, part=4096,
-            key=None if key is None else key + len(scores), seen=seen, known=known,
+            key=None if key is None else key + len(scores), seen=seen, rule=rule,
+            known=known,
         )  # fmt: skip
         found = canaries.read(change).double().numpy()
         if flora:
@@ -325,6 +355,12 @@ def a_goes_unclipped() -> AbstractContextManager[Any]:
     return mock.patch.object(clipping.FlatClipping, "weights", weights)
 
 
+def the_largest_clip_is_the_sensitivity() -> AbstractContextManager[Any]:
+    """Noise for max C_l, where one record moves the sum by √ΣC_l²."""
+    wrong = property(lambda rule: max(rule.max_grad_norms.values()))
+    return mock.patch.object(clipping.LayerClipping, "sensitivity", wrong)
+
+
 def no_coins() -> AbstractContextManager[Any]:
     return mock.patch.object(PoissonLoader, "indices", lambda loader, _: np.arange(loader._size))
 
@@ -383,6 +419,7 @@ HONEST: list[tuple[str, dict[str, Any], float]] = [
     ("dp-sgd", {"rate": 0.25, "games": 400_000}, 0.6),
     ("dp-lora-fa", {"z": 2.0, "adjacency": "replace"}, 0.75),
     ("dp-sgd", {"rate": 0.25, "adjacency": "replace", "games": 200_000}, 0.7),
+    ("dp-sgd", {"rule": "per-layer"}, 0.75),
     ("dp-lora", {}, 0.75),
     ("dp-lora", {"rate": 0.25, "games": 200_000}, 0.6),
     ("dp-lora-fa", {}, 0.75),
@@ -400,6 +437,7 @@ SABOTAGED: list[tuple[Sabotage, str, dict[str, Any], float]] = [
         for method in ("dp-sgd", "dp-lora", "dp-lora-fa", "dp-flora")
     ),
     (a_goes_unclipped, "dp-lora", {"games": 20_000}, 2.0),
+    (the_largest_clip_is_the_sensitivity, "dp-sgd", {"rule": "per-layer"}, 1.1),
     *(
         (
             no_coins, method,
@@ -438,8 +476,8 @@ def test_a_sabotaged_step_is_caught(
 ) -> None:
     """The lower bound exceeds what the ledger claims by the stated factor or more.
 
-    Half the noise; no clip, and none of one layer; every record in at a rate of 1/4; an A that
-    was used before, with canaries in its row space.
+    Half the noise; no clip, and none of one layer; noise for one of two clips only; every record
+    in at a rate of 1/4; an A that was used before, with canaries in its row space.
     """
     with sabotage():
         played = play(method, **options)
