@@ -1,7 +1,12 @@
 """``audit``: numbers of the library from files of scores and of shadows, mistakes on one line."""
 
+import doctest
 import json
 import pickle
+import re
+import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from lora_privacy.audit import (
 )
 from lora_privacy.cli import app
 
+HOWTO = Path(__file__).parents[1] / "docs" / "howto-audit.md"
 DELTA = ["--delta", "1e-5"]
 
 
@@ -468,9 +474,6 @@ def test_mistakes_about_targets(tmp_path: Path) -> None:
 
 def test_it_needs_no_torch(csv_file: Path) -> None:
     """A subprocess, where torch cannot be imported."""
-    import subprocess
-    import sys
-
     code = (
         "import sys; sys.modules['torch'] = None; from lora_privacy.cli import app; "
         f"app(['audit', {str(csv_file)!r}, '--delta', '1e-5'])"
@@ -480,3 +483,28 @@ def test_it_needs_no_torch(csv_file: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "ε ≥ " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_howto_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every example, and every ``$`` line, in a folder where the examples left their files."""
+    if not HOWTO.exists():
+        pytest.skip("docs/howto-audit.md is not part of this installation")
+    monkeypatch.chdir(tmp_path)
+    page = HOWTO.read_text(encoding="utf-8")
+    result = doctest.testfile(str(HOWTO), module_relative=False)
+    assert result.attempted >= 20
+    assert result.failed == 0
+    (block,) = re.findall(r"```console\n\$ lora-privacy (.*?)```", page, re.DOTALL)
+    line, _, expected = block.partition("\n")
+    done = CliRunner().invoke(app, shlex.split(line))
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith(expected.removesuffix("...\n"))
+    assert "ε ≥ 2.63419 nats at δ = 1e-05, at confidence 0.95" in done.output
+    assert "ε ≥ 2.63419 at δ = 1e-05" in page
+    for line in ("audit.npz --delta 1e-5", "shadows/shadows.npz --delta 1e-5 --target 0"):
+        assert f"`lora-privacy audit {line}`" in page
+        done = CliRunner().invoke(app, ["audit", *line.split()])
+        assert done.exit_code == 0, done.output
+        assert "| RMIA | " in done.output
