@@ -166,6 +166,12 @@ def refusals(rank: int) -> dict[str, Any]:
         make("dp-sgd", model_for("dp-lora" if rank else "dp-sgd"), records(), distributed=True)
     except ProcessError as error:
         found["model"] = str(error)
+    x, y = records().tensors
+    mixed = TensorDataset(x.roll(rank, 0), y.roll(rank, 0))
+    try:
+        make("dp-sgd", model_for("dp-sgd"), mixed, distributed=True)
+    except ProcessError as error:
+        found["order"] = str(error)
     private = make("dp-sgd", model_for("dp-sgd"), records(), distributed=True)
     found["own"] = len(private.data_loader.indices(0))
     next(iter(private.data_loader))

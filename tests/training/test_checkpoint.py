@@ -474,3 +474,47 @@ def test_a_parameter_that_was_converted_is_refused() -> None:
     functional.cross_entropy(private.model(x.to(torch.bfloat16)), y).backward()
     with pytest.raises(UnsupportedLayerError, match="was converted to"):
         private.optimizer.step()
+
+
+def test_a_ledger_that_went_on_with_less_noise_leaves_fewer_steps(tmp_path: Path) -> None:
+    """The target is one on all that was paid; a count of lines would overrun it."""
+    ledger = tmp_path / "ledger.jsonl"
+
+    def begin_with(privacy: Any, **options: Any) -> PrivateTraining:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 2)
+        return make_private(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data(), batch_size=4),
+            method="dp-sgd", max_grad_norm=1.0, privacy=privacy, delta=DELTA, ledger=ledger,
+            **options,
+        )  # fmt: skip
+
+    def steps(private: PrivateTraining, count: int) -> None:
+        while count and private.steps_left() != 0:
+            for x, y in private.data_loader:
+                functional.cross_entropy(private.model(x), y).backward()
+                private.optimizer.step()
+                count -= 1
+                if not count:
+                    break
+        private.close()
+
+    limited = NoiseMultiplier(2.0, epsilon=4.0)
+    first = begin_with(limited)
+    allowed = first.steps_left()
+    first_steps = 5
+    loop = iter(first.data_loader)
+    for _ in range(first_steps):
+        x, y = next(loop)
+        functional.cross_entropy(first.model(x), y).backward()
+        first.optimizer.step()
+    first.save(tmp_path / "checkpoint")
+    first.close()
+    steps(begin_with(NoiseMultiplier(1.2)), 10)
+    resumed = begin_with(limited, resume=tmp_path / "checkpoint")
+    left = resumed.steps_left()
+    assert allowed is not None
+    assert left is not None
+    assert left < allowed - first_steps - 10
+    steps(resumed, 10_000)
+    assert resumed.bound().epsilon <= 4.0

@@ -188,6 +188,24 @@ def test_without_noise_and_clip_flora_is_plain_flora_with_the_same_matrices(law:
     assert moved > 0
 
 
+def test_a_dropped_batch_comes_again_with_the_same_records() -> None:
+    """Else a look at its loss would choose who takes part: record 0 would be in every step."""
+    private = make(model_for("dp-sgd"), data=records(40), rate=0.25)
+    chosen = []
+    for _ in range(30):
+        x, _ = next(iter(private.data_loader))
+        chosen.append(x)
+    assert private.step == 0
+    assert all(x.equal(chosen[0]) for x in chosen)
+    for batch in private.data_loader:
+        assert batch[0].equal(chosen[0])
+        loss_of(private.model, batch).backward()
+        private.optimizer.step()
+        break
+    others = [private.data_loader.indices(step).tolist() for step in range(1, 9)]
+    assert len({tuple(rows) for rows in others}) > 4  # level 1e-20: other steps, other records
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_lie_in_memory_as_their_parameters_do(method: str) -> None:
     """Fused optimizers go through both by address: a transposed gradient moves other weights."""

@@ -124,6 +124,7 @@ def test_what_does_not_fit_is_refused_by_name(
         assert "Process 1 has what it trains" in str(found["clip"])
         assert "UnsupportedTrainingError" in str(found["seeds"])
         assert "Process 1 has the optimizer = " in str(found["rate"])
+        assert "Process 1 has the records = " in str(found["order"])
         assert "Process 1 has the model's tensors" in str(found["model"])
         assert "TrainingOrderError: A batch was left under way" in str(found["left"])
     assert [int(found["own"]) for found in together[1]] == [21, 20]

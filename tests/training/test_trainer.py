@@ -337,6 +337,7 @@ def test_packing_is_refused_by_name(tmp_path: Path) -> None:
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
     ],
 )
 def test_arguments_that_break_the_accounting_are_refused(
@@ -350,7 +351,63 @@ def test_arguments_that_break_the_accounting_are_refused(
         PrivateTrainer(language_model(), given, train_dataset=Sentences(), privacy=privacy)
 
 
-@pytest.mark.parametrize("name", ["fp16", "deepspeed", "fsdp", "torch_compile", "push_to_hub"])
+def test_evaluating_on_the_training_data_is_refused(tmp_path: Path) -> None:
+    same = Sentences()
+    with pytest.raises(UnsupportedTrainingError, match="training data as eval_dataset"):
+        trainer(tmp_path, train_dataset=same, eval_dataset=same)
+
+
+def unequal(rows: list[dict[str, Tensor]], side: str) -> dict[str, Tensor]:
+    """Pad to the longest of ``rows`` at one side."""
+    kept = [{k: v[row["attention_mask"].bool()] for k, v in row.items()} for row in rows]
+    length = max(len(row["labels"]) for row in kept)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+
+    def padded(value: Tensor, with_: int) -> Tensor:
+        rest = value.new_full((length - len(value),), with_)
+        return torch.cat([rest, value] if side == "left" else [value, rest])
+
+    return {k: torch.stack([padded(row[k], fill[k]) for row in kept]) for k in fill}
+
+
+def test_collators_that_join_records_are_caught_before_the_first_step(tmp_path: Path) -> None:
+    """Padding that shifts GPT-2's positions, and a prompt copied from the first row."""
+
+    def copied(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = unequal(rows, "right")
+        batch["input_ids"][1:, 0] = batch["input_ids"][0, 0]
+        return batch
+
+    trainer(tmp_path, data_collator=lambda rows: unequal(rows, "right"), max_steps=1).train()
+    for number, collate in enumerate((lambda rows: unequal(rows, "left"), copied)):
+        with pytest.raises(IsolationError, match="collated with"):
+            trainer(tmp_path / str(number), data_collator=collate).train()
+        assert not (tmp_path / str(number) / "ledger.jsonl").exists()
+
+
+def test_a_record_without_a_label_is_refused(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.map(x)
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    numbers = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    rows = [{"x": x, "labels": torch.tensor(i % 2)} for i, x in enumerate(numbers)]
+    rows[5]["labels"] = torch.tensor(-100)
+    found = trainer(
+        tmp_path, Model(), train_dataset=rows, max_steps=20, privacy={"method": "dp-sgd"}
+    )
+    with pytest.raises(UnsupportedTrainingError, match="the label -100"):
+        found.train()
+
+
+@pytest.mark.parametrize(
+    "name", ["fp16", "deepspeed", "fsdp", "torch_compile", "push_to_hub", "parallelism_config"]
+)
 def test_arguments_that_need_other_machines_are_refused_too(tmp_path: Path, name: str) -> None:
     from lora_privacy.training.trainer import _refuse
 
@@ -381,7 +438,9 @@ def test_reports_hold_epsilon_and_no_training_loss(tmp_path: Path) -> None:
     found = trainer(
         tmp_path, eval_dataset=Sentences(4), eval_strategy="epoch", callbacks=[Report()]
     )
-    found.train()
+    assert np.isnan(found.train().training_loss)
+    with pytest.raises(UnsupportedTrainingError, match="release"):
+        found.push_to_hub()
     for logs in (*seen, *found.state.log_history):
         assert not {"loss", "grad_norm", "train_loss"} & set(logs)
     epsilons = [logs["epsilon"] for logs in seen if "epsilon" in logs]
@@ -389,7 +448,7 @@ def test_reports_hold_epsilon_and_no_training_loss(tmp_path: Path) -> None:
     assert epsilons[-1] == found.bound().epsilon
     assert any("eval_loss" in logs for logs in seen)
     open_about_it = trainer(tmp_path / "open", privacy={"log_private_metrics": True})
-    open_about_it.train()
+    assert open_about_it.train().training_loss > 0
     assert any("loss" in logs for logs in open_about_it.state.log_history)
 
 

@@ -43,6 +43,8 @@ class SavedState:
         noise_multiplier: z.
         budget: Steps that the target pays for, in all; None without a target.
         step: Steps taken.
+        charged: Releases in the ledger then.
+        profiled: Whether something was recorded before its noise.
         key: Key of the randomness of a deterministic training.
         generator: State of torch's global generator, which dropout draws from, in such a training.
     """
@@ -50,6 +52,8 @@ class SavedState:
     noise_multiplier: float
     budget: int | None
     step: int
+    charged: int
+    profiled: bool
     key: bytes | None
     generator: Tensor | None
 
@@ -133,14 +137,16 @@ def load(
             f"one has {wanted[key]!r}. Resume with the same arguments, or begin anew."
         )
     step = _validate.integer("step", facts["step"], 0)
+    charged = _validate.integer("charged", facts["charged"], 0)
     found = SavedState(
         key=_key(folder) if deterministic else None,
         generator=_read(_generator(folder, step))[0]["state"] if deterministic else None,
         noise_multiplier=float(facts["noise_multiplier"]),
         budget=facts["budget"],
         step=step,
+        charged=charged,
+        profiled=bool(facts["profiled"]),
     )
-    charged = _validate.integer("charged", facts["charged"], 0)
     if len(ledger) < charged or ledger.digest(charged) != facts["ledger"]:
         raise LedgerError(
             f"{ledger.path} does not begin with the {charged} steps that were taken when "

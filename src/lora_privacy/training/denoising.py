@@ -306,9 +306,14 @@ class SpectrumProfile:
         *,
         before_noise: bool = False,
     ) -> None:
-        self.denoiser, self.before_noise = denoiser, bool(before_noise)
+        self.denoiser, self._before_noise = denoiser, bool(before_noise)
         self.records: dict[str, list[SpectrumRecord]] = {}
         self._before: dict[str, npt.NDArray[np.float64]] = {}
+
+    @property
+    def before_noise(self) -> bool:
+        """Whether it holds private data; fixed when it is made."""
+        return self._before_noise
 
     def before(self, path: str, mean_gradient: Tensor) -> None:
         """Take the clipped mean before its noise: **private data**, see the class.

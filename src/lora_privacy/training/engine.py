@@ -25,6 +25,7 @@ from lora_privacy.dp import Adjacency, PldAccountant, PrivacyBound, calibrate, c
 from lora_privacy.dp.result import ADJACENCIES
 from lora_privacy.errors import (
     BudgetSpentError,
+    CalibrationError,
     LedgerError,
     TrainingOrderError,
     UnsupportedTrainingError,
@@ -42,7 +43,7 @@ from lora_privacy.training.freshness import FreshProjections
 from lora_privacy.training.ledger import Ledger, Mechanism, Release
 from lora_privacy.training.methods import Method, frozen_digest, prepare, refuse_packing
 from lora_privacy.training.privacy import NoiseMultiplier, PrivacyTarget, TargetEpsilon
-from lora_privacy.training.processes import Processes, processes_of
+from lora_privacy.training.processes import Processes, digests_of, processes_of
 from lora_privacy.training.randomness import (
     KeyedRandomness,
     Randomness,
@@ -77,7 +78,7 @@ _PROFILED = (
 )
 _ASSUMPTIONS = (
     "each record's gradient depends on that record alone (preflight checks it on a batch)",
-    "the starting weights and all settings are chosen without the private records",
+    "the starting weights, all settings and schedules are chosen without the private records",
     "the expected batch size is public",
     "only what optimizer.step() did to the weights is released: training losses, norms and "
     "metrics of private records are not",
@@ -235,7 +236,7 @@ def make_private(
         training.data_loader = PoissonLoader(
             data_loader, physical_batch_size, training, (processes.rank, processes.size)
         )
-        training._join()
+        training._join(data_loader)
         if resume is None:
             if any(optimizer.state.values()):
                 raise UnsupportedTrainingError(
@@ -298,6 +299,7 @@ class PrivateTraining:
         self._transform, self._denoiser = transform, denoiser
         self._randomness, self._deterministic = randomness, deterministic
         self._processes = processes
+        self._profiled = _profiles(denoiser)
         self._privacy: PrivacyTarget = NoiseMultiplier(1.0)
         self._budget: int | None = None
         self._run = run_name(randomness)
@@ -372,7 +374,7 @@ class PrivateTraining:
         """What is proved of all steps so far, lost ones included; None takes the training's δ."""
         proved = self.accountant.epsilon(self.delta if delta is None else delta)
         known = (_KNOWN_SEED,) if self._deterministic or self._ledger.seed_known else ()
-        profiled = (_PROFILED,) if _profiles(self._denoiser) else ()
+        profiled = (_PROFILED,) if self._profiled else ()
         stated = (*proved.assumptions, *_ASSUMPTIONS, *known, *profiled)
         return replace(proved, assumptions=stated)
 
@@ -425,10 +427,14 @@ class PrivateTraining:
     def release(self, folder: str | Path) -> Path:
         """Write what may leave the machine: the trained weights and the bound; no private state.
 
+        Of several processes only the first one writes.
+
         Raises:
             TrainingOrderError: A batch is under way.
         """
         self._between_steps("release()")
+        if self._processes.rank > 0:
+            return Path(folder)
         return checkpoint.release(
             Path(folder), model=self.model, parameters=self._parameters, bound=self.bound()
         )
@@ -446,8 +452,9 @@ class PrivateTraining:
     def start(self) -> int:
         """Called by the loader when an iteration begins.
 
-        A batch that an older iteration was left in is dropped: nothing of it was released. A step
-        that was released but failed before the weights moved is counted, and the next one begins.
+        A batch that an older iteration was left in is handed out again: nothing of it was
+        released. A step that was released but failed before the weights moved is counted, and the
+        next one begins.
         """
         if self._micro is not None and self._processes.size > 1:
             raise TrainingOrderError(
@@ -500,8 +507,10 @@ class PrivateTraining:
         self.begin(micro)
         self.optimizer.step()
 
-    def _join(self) -> None:
-        """Begin as rank 0 does: its weights, its name of the run, its ledger."""
+    def _join(self, data_loader: DataLoader[Any]) -> None:
+        """Begin as rank 0 does, on the same records: its weights, its run, its ledger."""
+        if self._processes.size > 1:
+            self._processes.same("the records", digests_of(cast("Any", data_loader.dataset)))
         self._processes.copy_first(self.model)
         self._run = self._processes.object_from_first(self._run)
         for release in self._processes.object_from_first(list(self._ledger)):
@@ -544,12 +553,34 @@ class PrivateTraining:
         )
         self._noise_multiplier, self._budget = state.noise_multiplier, state.budget
         self._step = state.step
+        self._profiled |= state.profiled
+        self._check_budget(state.charged)
         if state.key is not None and state.generator is not None:
             self._randomness = KeyedRandomness(state.key)
             self._run = run_name(self._randomness)
             torch.set_rng_state(state.generator)
         if self._fresh is not None:
             self._fresh.end_step()
+
+    def _check_budget(self, charged: int) -> None:
+        """Count steps anew if the ledger went on with others than this training would take."""
+        if self._budget is None:
+            return
+        own = (self.noise_multiplier, self.sample_rate)
+        later = list(self._ledger)[charged:]
+        if all((x.noise_multiplier, x.sample_rate) == own for x in later):
+            return
+        target = cast("float", self._privacy.epsilon)
+        try:
+            left = calibrate_steps(
+                self._ledger.mechanism.event(*own),
+                epsilon=target,
+                delta=self.delta,
+                accountant=self.accountant,
+            ).value
+        except CalibrationError:
+            left = 0
+        self._budget = min(self._budget, len(self._ledger) + int(left))
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same in a run that goes on from a checkpoint."""
@@ -574,6 +605,7 @@ class PrivateTraining:
             "budget": self._budget,
             "step": self.step,
             "charged": len(self._ledger),
+            "profiled": self._profiled,
             "ledger": self._ledger.digest(len(self._ledger)),
         }
 
@@ -748,12 +780,19 @@ class PrivateTraining:
                 mean = self._fresh.release(self._layer(path), total, noise)
             else:
                 if _profiles(self._denoiser):
+                    self._profiled = True
                     clean = torch.zeros_like(noise) if total is None else total
                     cast("Any", self._denoiser).before(path, clean / self.expected_batch_size)
                 mean = noise if total is None else total + noise
             mean = mean / self.expected_batch_size
             if self._denoiser is not None:
-                mean = self._denoiser(path, mean, std / self.expected_batch_size)
+                restored = self._denoiser(path, mean, std / self.expected_batch_size)
+                if restored.shape != mean.shape:
+                    raise ValueError(
+                        f"The denoiser must keep the shape {tuple(mean.shape)} of {path}, got "
+                        f"{tuple(restored.shape)}. The step counts, though no weight moved."
+                    )
+                mean = restored.to(mean.dtype)
             released[path] = mean
         return released
 

@@ -8,8 +8,8 @@ steps move the weights that the model uses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, get_args
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self, cast, get_args
 
 import torch
 from torch import nn
@@ -60,6 +60,7 @@ def preflight(
     *,
     loss_of: LossOf | None = None,
     loss: LossName = "per-sample-mean",
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> None:
     """Raise a named error if a private training would not be what it seems to be.
 
@@ -90,6 +91,11 @@ def preflight(
             for each record; all else is passed on.
         loss_of: The loss that the loop backpropagates; ``model(**batch).loss`` for a mapping.
         loss: As for ``make_private``.
+        collate: How records become a batch. With it ``batch`` is a list of records, and it is
+            tried too whether the first and the last one keep their gradients when they are
+            collated alone, with each other in both orders, and with all: a collator that mixes
+            rows is seen, and padding that shifts positions. A short and a long record at the ends
+            show the most.
 
     Raises:
         ValueError: The batch holds fewer than two different records.
@@ -116,6 +122,9 @@ def preflight(
     trained_layers(model)
     if batch is None:
         return
+    listed = batch
+    if collate is not None:
+        batch = collate(cast("list[Any]", listed))
     records = Records(model, batch)
     trial = Trial(model, _default_loss(batch) if loss_of is None else loss_of)
     size, rows = records.size, (0, records.size - 1)
@@ -149,6 +158,42 @@ def preflight(
             raise IsolationError(
                 f"A batch of one record, in place of {size}, gives {_told(moved)} "
                 f"{_reduction(moved, size, loss)}"
+            )
+    if collate is not None:
+        _check_collation(trial, cast("list[Any]", listed), collate, plain, loss)
+
+
+def _check_collation(
+    trial: Trial,
+    records: list[Any],
+    collate: Callable[[list[Any]], Any],
+    together: dict[str, LayerTap],
+    loss: LossName,
+) -> None:
+    """See that what is collated with a record does not move its gradient."""
+    ends = {0: records[0], len(records) - 1: records[-1]}
+    (first, a), (last, b) = ends.items()
+    alone = {row: trial.run(collate([record]), 1) for row, record in ends.items()}
+    forward, backward = trial.run(collate([a, b]), 2), trial.run(collate([b, a]), 2)
+    tried = [
+        (first, together, first, len(records)),
+        (last, together, last, len(records)),
+        (first, forward, 0, 2),
+        (last, forward, 1, 2),
+        (last, backward, 0, 2),
+        (first, backward, 1, 2),
+    ]
+    for row, found, place, size in tried:
+        scale = 1 / size if loss == "per-sample-mean" else 1.0
+        moved = movement(
+            alone[row], found, floor=trial.limits.floor, row=0, after_row=place, scale=scale
+        )
+        if moved.share > trial.limits.alone:
+            raise IsolationError(
+                f"Record {row}, collated with {size - 1} others in place of alone, gives "
+                f"{_told(moved)} Clipping then does not bound what one sample does. The collate "
+                "function mixes records, or pads so that positions or masks of the shorter ones "
+                "change: pad at the right, with an attention_mask that the model uses."
             )
 
 

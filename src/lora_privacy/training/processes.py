@@ -7,8 +7,11 @@ noise draw, and nothing reaches another process's weights that the ledger does n
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OneProcess", "ProcessGroup", "Processes", "processes_of"]
 
+_COMPARED = 16  # records
 _WORD_BITS = 62  # of an integer that is sent in words of 64 bits with a sign
 
 
@@ -90,7 +94,7 @@ class OneProcess:
 
 
 class ProcessGroup:
-    """The default group of ``torch.distributed``, any backend.
+    """All processes of ``torch.distributed``, by any backend.
 
     Raises:
         ProcessError: The group is not initialised.
@@ -104,6 +108,8 @@ class ProcessGroup:
             )
         self.rank = torch.distributed.get_rank()
         self.size = torch.distributed.get_world_size()
+        # A group of its own: messages of the script cannot pair with ours, or get our sums.
+        self._group: Any = torch.distributed.new_group(timeout=_timeout())
 
     def share(self, draw: Callable[[], int]) -> int:
         """What the first process draws, by broadcast."""
@@ -112,29 +118,29 @@ class ProcessGroup:
         words = [(number >> (i * _WORD_BITS)) & mask for i in range(3)]
         sent = torch.tensor(words, dtype=torch.int64, device=_device())
         with self._named():
-            torch.distributed.broadcast(sent, src=0)
+            torch.distributed.broadcast(sent, src=0, group=self._group)
         return sum(int(word) << (i * _WORD_BITS) for i, word in enumerate(sent.tolist()))
 
     def sum_to_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One reduction of all numbers of a type."""
-        return self._joined(tensors, lambda flat: torch.distributed.reduce(flat, dst=0))
+        return self._joined(tensors, self._reduce)
 
     def from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One broadcast of all numbers of a type, so that every process gets the same bits."""
-        return self._joined(tensors, lambda flat: torch.distributed.broadcast(flat, src=0))
+        return self._joined(tensors, self._broadcast)
 
     def object_from_first(self, value: Any) -> Any:  # noqa: ANN401
         """By broadcast; torch pickles it for the way."""
         sent = [value]
         with self._named():
-            torch.distributed.broadcast_object_list(sent, src=0)
+            torch.distributed.broadcast_object_list(sent, src=0, group=self._group)
         return sent[0]
 
     def same(self, what: str, value: Any) -> None:  # noqa: ANN401
         """By gathering all values."""
         values: list[Any] = [None] * self.size
         with self._named():
-            torch.distributed.all_gather_object(values, value)
+            torch.distributed.all_gather_object(values, value, group=self._group)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise ProcessError(
@@ -150,7 +156,13 @@ class ProcessGroup:
         )
         with torch.no_grad(), self._named():
             for tensor in own.values():
-                torch.distributed.broadcast(tensor.detach(), src=0)
+                self._broadcast(tensor.detach())
+
+    def _reduce(self, flat: Tensor) -> None:
+        torch.distributed.reduce(flat, dst=0, group=self._group)
+
+    def _broadcast(self, flat: Tensor) -> None:
+        torch.distributed.broadcast(flat, src=0, group=self._group)
 
     def _joined(
         self, tensors: Mapping[str, Tensor], exchange: Callable[[Tensor], Any]
@@ -185,6 +197,12 @@ def processes_of(distributed: bool | None) -> Processes:
     """
     if distributed:
         return ProcessGroup()
+    if distributed is None and not _is_running() and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ProcessError(
+            f"The script was started as one of {os.environ['WORLD_SIZE']} processes, and no "
+            "process group is initialised: call torch.distributed.init_process_group and pass "
+            "distributed=True, or pass False for a training of its own in every process."
+        )
     if distributed is None and _is_running() and torch.distributed.get_world_size() > 1:
         raise ProcessError(
             f"torch.distributed runs {torch.distributed.get_world_size()} processes: pass "
@@ -192,6 +210,42 @@ def processes_of(distributed: bool | None) -> Processes:
             "or False for a training of its own in every process."
         )
     return OneProcess()
+
+
+def digests_of(dataset: Any) -> list[str]:  # noqa: ANN401
+    """Hashes of a few records, to see that processes hold the same ones in the same order.
+
+    A record that comes out otherwise the second time (augmentation) has the hash of its type.
+    """
+    size = len(dataset)
+    rows = sorted({round(i * (size - 1) / (_COMPARED - 1)) for i in range(_COMPARED)})
+    found: list[str] = []
+    for row in rows:
+        first, second = (_bytes_of(dataset[row]) for _ in range(2))
+        known = first if first == second else type(dataset[row]).__name__.encode()
+        found.append(hashlib.sha256(known).hexdigest())
+    return found
+
+
+def _bytes_of(item: Any) -> bytes:  # noqa: ANN401
+    if isinstance(item, torch.Tensor):
+        return repr((item.dtype, tuple(item.shape), item.tolist())).encode()
+    if isinstance(item, Mapping):
+        return b"{" + b",".join(_bytes_of(x) for pair in item.items() for x in pair) + b"}"
+    if isinstance(item, list | tuple):
+        return b"[" + b",".join(map(_bytes_of, item)) + b"]"
+    if hasattr(item, "tolist"):
+        return _bytes_of(item.tolist())
+    if item is None or isinstance(item, str | int | float | bool | bytes):
+        return repr(item).encode()
+    return type(item).__name__.encode()  # its repr may hold an address
+
+
+def _timeout() -> timedelta | None:
+    """Of the default group, which a new one does not take over by itself."""
+    group: Any = torch.distributed.group.WORLD
+    options = getattr(group._get_backend(_device()), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def _is_running() -> bool:

@@ -89,8 +89,8 @@ class PoissonLoader:
     What comes out are batches of the original loader's collate function, none empty: the step of
     an empty Poisson batch, noise alone, is taken by the loader itself and counts like any other.
     Iteration goes on at the step that the training has reached, so a resumed run ends its epoch.
-    It ends early with the privacy budget, and begins no more after it. A new iteration drops the
-    batch that an older one was left in, and the older one ends with an error.
+    It ends early with the privacy budget, and begins no more after it. A new iteration hands out
+    again the batch that an older one was left in, and the older one ends with an error.
 
     Args:
         loader: Its data set, collate function and workers are used; its order is not.
@@ -111,6 +111,7 @@ class PoissonLoader:
         self.steps_per_epoch = max(1, round(1 / control.sample_rate))
         self._size = len(cast("Any", loader.dataset))
         self._control, self._share = control, share
+        self._drawn: dict[int, np.ndarray] = {}
         dataset: Dataset[Any] = loader.dataset
         collate = loader.collate_fn
         if type(dataset) is TensorDataset and collate is default_collate:
@@ -194,13 +195,17 @@ class PoissonLoader:
     def indices(self, step: int) -> np.ndarray:
         """The records of ``step`` that fall to this process, ascending.
 
-        With ``SystemRandomness`` every call draws a new sample.
+        Drawn once: a batch that was dropped comes again with the same records. To draw anew, after
+        a look at its loss, would choose who takes part.
         """
-        randomness = self._control.randomness
-        coins = randomness.uniform(self._size, "coins", step)
-        rows = np.flatnonzero(coins < self._control.sample_rate)
-        rank, size = self._share
-        return rows[rows % size == rank]
+        for taken in [step for step in self._drawn if step < self._control.step]:
+            del self._drawn[taken]
+        if step not in self._drawn:
+            coins = self._control.randomness.uniform(self._size, "coins", step)
+            rows = np.flatnonzero(coins < self._control.sample_rate)
+            rank, size = self._share
+            self._drawn[step] = rows[rows % size == rank]
+        return self._drawn[step]
 
 
 class _Parts:

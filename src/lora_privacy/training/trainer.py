@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 LEDGER = "ledger.jsonl"
 _PRIVATE, _SCHEDULER, _ARGUMENTS = "private_training", "scheduler.json", "training_args.json"
 _IGNORED = -100  # label that takes no part in a loss
-_CHECKED_RECORDS = 4  # of the isolation check
+_SCANNED_RECORDS, _CHECKED_RECORDS = 1000, 4  # of the isolation check
 # Computed from the private records without noise.
 _PRIVATE_LOGS = ("loss", "grad_norm", "train_loss")
 
@@ -201,8 +201,6 @@ class PrivateTrainer(Trainer):
         steps = self.args.max_steps
         if steps <= 0:
             steps = math.ceil(self.args.num_train_epochs * steps_per_epoch)
-        if resume is not None:
-            self.optimizer = None  # its state comes from the checkpoint
         self.create_optimizer()
         optimizer = self._plain_optimizer()
         if self.privacy.isolation_check:
@@ -246,15 +244,24 @@ class PrivateTrainer(Trainer):
 
     def _check_isolation(self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer) -> None:
         records = cast("Any", loader.dataset)
-        rows = torch.linspace(0, len(records) - 1, min(_CHECKED_RECORDS, len(records))).long()
-        if len(rows) < 2:
+        count = min(_SCANNED_RECORDS, len(records))
+        rows = sorted({round(i * (len(records) - 1) / max(1, count - 1)) for i in range(count)})
+        rows.sort(key=lambda row: _length(records[row]))
+        # The shortest, the longest, and some between.
+        few = min(_CHECKED_RECORDS, len(rows))
+        chosen = [records[rows[i * (len(rows) - 1) // max(1, few - 1)]] for i in range(few)]
+        if len(chosen) < 2:
             return  # a single record is isolated
-        batch = self._prepare_inputs(loader.collate_fn([records[int(row)] for row in rows]))
+
+        def collate(some: list[Any]) -> Any:  # noqa: ANN401
+            return self._prepare_inputs(loader.collate_fn(some))
 
         def loss_of(model: nn.Module, records: Any) -> Tensor:  # noqa: ANN401
             return cast("Tensor", self.compute_loss(model, dict(records)))
 
-        preflight(cast("nn.Module", self.model), optimizer, batch, loss_of=loss_of)
+        preflight(
+            cast("nn.Module", self.model), optimizer, chosen, loss_of=loss_of, collate=collate
+        )
 
     def training_step(
         self,
@@ -285,6 +292,7 @@ class PrivateTrainer(Trainer):
         """Mean over records, each a function of its record alone."""
         labels: Any = inputs.get("labels")
         own = self.compute_loss_func is not None and labels is not None
+        _refuse_ignored(labels)
         if not own and not _is_by_token(labels):
             outputs = model(**inputs)
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
@@ -343,6 +351,10 @@ class PrivateTrainer(Trainer):
     ) -> Any:  # noqa: ANN401
         """Train, or go on from a checkpoint of this class with its ledger and schedule.
 
+        Returns:
+            As ``Trainer.train``; the training loss, which no ε covers, is NaN unless
+            ``log_private_metrics`` asks for it.
+
         Raises:
             StorageError: The folder is no such checkpoint.
         """
@@ -354,9 +366,10 @@ class PrivateTrainer(Trainer):
                 raise StorageError(f"There is no checkpoint in {self.args.output_dir} to resume.")
         self._resume = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
-            return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+            done = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         finally:
             self._resume = None
+        return done if self.privacy.log_private_metrics else done._replace(training_loss=math.nan)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG002
         """Refused: its choice looks at the private records once a trial.
@@ -367,6 +380,17 @@ class PrivateTrainer(Trainer):
         raise UnsupportedTrainingError(
             "hyperparameter_search chooses among trainings on the private records, and the choice "
             "is not accounted. Search on public data."
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG002
+        """Refused: see ``private.release``.
+
+        Raises:
+            UnsupportedTrainingError: Always.
+        """
+        raise UnsupportedTrainingError(
+            "push_to_hub uploads the output folder, with the ledger and private states. Upload "
+            "what trainer.private.release(folder) writes."
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401, ARG002
@@ -484,6 +508,24 @@ def _is_by_token(labels: Any) -> bool:  # noqa: ANN401
     )
 
 
+def _refuse_ignored(labels: Any) -> None:  # noqa: ANN401
+    """Refuse a record that a mean over records would leave out, and weigh the others more."""
+    if isinstance(labels, torch.Tensor) and labels.dim() == 1 and bool((labels == _IGNORED).any()):
+        raise UnsupportedTrainingError(
+            f"A record has the label {_IGNORED}, which a mean over the batch leaves out, so that "
+            "the others weigh more. Take such records out of the data set."
+        )
+
+
+def _length(record: Any) -> int:  # noqa: ANN401
+    """Tokens of a record; 0 where they cannot be told."""
+    try:
+        mask = record.get("attention_mask")
+        return len(record["input_ids"]) if mask is None else int(sum(mask))
+    except (AttributeError, TypeError, KeyError):
+        return 0
+
+
 def _is_causal(model: nn.Module) -> bool:
     inner = cast("Any", model).get_base_model() if hasattr(model, "get_base_model") else model
     return (
@@ -520,6 +562,18 @@ def _refuse(args: TrainingArguments, trainer: Trainer) -> None:
         "train_sampling_strategy": (
             str(getattr(args, "train_sampling_strategy", "random")) != "random",
             "every record must be drawn by its own coin",
+        ),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha,
+            "its noise depends on the longest record of the batch",
+        ),
+        "parallelism_config": (
+            args.parallelism_config,
+            "it shares the tokens or layers of a record among processes",
+        ),
+        "the training data as eval_dataset": (
+            trainer.eval_dataset is not None and trainer.eval_dataset is trainer.train_dataset,
+            "metrics of private records are not covered, nor a schedule or a choice by them",
         ),
         "n_gpu > 1": (args.n_gpu > 1, "DataParallel joins samples; start it with torchrun"),
         "model_init": (trainer.model_init, "pass the model"),
