@@ -231,33 +231,35 @@ class Game:
 ONE = {"canary": row(1.0, -2.0, 0.5, 0.0, 3.0, 1.0, 0.0, -1.0)}
 ISOTROPIC = {"canary": np.eye(4) / 2}
 PLAIN = [
-    Game("Gaussian", GaussianEvent(1.0), gaussian, 0.8),
-    Game("Gaussian, replace", GaussianEvent(2.0), gaussian, 0.8, replaced=True),
-    Game("sampled Gaussian", SampledGaussian(1.0, 0.25), gaussian, 0.7),
-    Game("sampled Gaussian, replace", SampledGaussian(1.0, 0.25), gaussian, 0.7, replaced=True),
+    Game("Gaussian", GaussianEvent(1.0), gaussian, 0.75),
+    Game("Gaussian, replace", GaussianEvent(2.0), gaussian, 0.75, replaced=True),
+    Game("sampled Gaussian", SampledGaussian(1.0, 0.25), gaussian, 0.55),
+    Game("sampled Gaussian, replace", SampledGaussian(1.0, 0.25), gaussian, 0.65, replaced=True),
 ]
 PROJECTED = [
-    Game("projected", ProjectedGaussian([(8, 2)], 0.5), projected, 0.8, options=ONE),
+    Game("projected", ProjectedGaussian([(8, 2)], 0.5), projected, 0.75, options=ONE),
     Game(
-        "projected, replace", ProjectedGaussian([(8, 2)], 1.0), projected, 0.8, replaced=True,
+        "projected, replace", ProjectedGaussian([(8, 2)], 1.0), projected, 0.75, replaced=True,
         options=ONE,
     ),
     # At a small ε a canary of full rank is worse than any of rank one: theory 4.4.
     Game(
-        "projected, isotropic canary", ProjectedGaussian([(4, 2)], 1.0), projected, 0.8, 0.1,
+        "projected, isotropic canary", ProjectedGaussian([(4, 2)], 1.0), projected, 0.75, 0.1,
         options=ISOTROPIC,
     ),
-    Game("sampled projected", ProjectedGaussian([(8, 2)], 0.5, 0.25), projected, 0.7, options=ONE),
     Game(
-        "sampled projected, replace", ProjectedGaussian([(8, 2)], 0.5, 0.25), projected, 0.7,
+        "sampled projected", ProjectedGaussian([(8, 2)], 0.5, 0.25), projected, 0.55, options=ONE
+    ),
+    Game(
+        "sampled projected, replace", ProjectedGaussian([(8, 2)], 0.5, 0.25), projected, 0.65,
         replaced=True, options=ONE,
     ),
 ]  # fmt: skip
 PAIRS = [
-    Game("VectorProjection", VectorProjection(5, 3, 0.95), vector_projection, 0.75, 0.1),
+    Game("VectorProjection", VectorProjection(5, 3, 0.95), vector_projection, 0.65, 0.1),
     Game(
         "VectorProjection, unequal norms", VectorProjection(20, 10, 0.99, 1.05),
-        vector_projection, 0.75,
+        vector_projection, 0.65,
     ),
     Game(
         "NoisedProjection, A revealed", NoisedProjection(PAIR, CHANGED, 20, 0.15),
@@ -265,9 +267,9 @@ PAIRS = [
     ),
     Game(
         "NoisedProjection, split", NoisedProjection(PAIR[:, :1], PAIR[:, :1] + 0.05, 12, 1e-6),
-        noised_projection, 0.65,
+        noised_projection, 0.6,
     ),
-    Game("SketchRelease", SketchRelease(GRADIENT, 1.1 * GRADIENT + 0.05, 4), sketch, 0.45),
+    Game("SketchRelease", SketchRelease(GRADIENT, 1.1 * GRADIENT + 0.05, 4), sketch, 0.4),
 ]  # fmt: skip
 GAMES = [*PLAIN, *PROJECTED, *PAIRS]
 
