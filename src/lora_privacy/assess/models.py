@@ -89,9 +89,10 @@ def load_model(config: AssessConfig, classes: int) -> tuple[nn.Module, Any]:
         ) from error
     if gguf_file:
         # The weights were unpacked to float32; transformers would refuse to train or save them.
-        model.is_quantized, model.hf_quantizer = False, None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        unpacked: Any = model
+        unpacked.is_quantized, unpacked.hf_quantizer = False, None
+        if hasattr(unpacked.config, "quantization_config"):
+            del unpacked.config.quantization_config
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -350,7 +350,9 @@ class VectorLoss:
     ) -> tuple[float, float]:
         """Halve panels until they agree with what they were before."""
         low, high, segment = panels.low, panels.high, panels.segment
-        coarse = self._panel_sums(epsilon, segments, low, high, segment, _RULES[0], about)[0]
+        coarse: Array = self._panel_sums(epsilon, segments, low, high, segment, _RULES[0], about)[
+            0
+        ]
         about = max(about, float(_logsumexp(coarse)))
         settled = np.zeros((2, 0))
         for turn in range(1, _ROUNDS):
@@ -365,7 +367,7 @@ class VectorLoss:
             total = float(_logsumexp(np.concatenate([settled[0], fine[0]])))
             if total == -math.inf:
                 return total, total
-            error = np.abs(np.exp(whole - total) - np.exp(coarse - total))
+            error: Array = np.abs(np.exp(whole - total) - np.exp(coarse - total))
             # few panels are near the limit at once
             good = np.tile(error <= _AGREEMENT / 8, len(low) // n)
             settled = np.concatenate([settled, fine[:, good]], axis=1)
