@@ -452,7 +452,9 @@ def test_reports_hold_epsilon_and_no_training_loss(tmp_path: Path) -> None:
     assert any("loss" in logs for logs in open_about_it.state.log_history)
 
 
-def test_it_stops_before_the_step_that_would_exceed_the_target(tmp_path: Path) -> None:
+def test_it_stops_before_the_step_that_would_exceed_the_target(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     event = SampledGaussian(1.0, 0.2)
     target = PldAccountant().compose(event, 4).epsilon(DELTA).epsilon + 1e-9
     found = trainer(tmp_path, max_steps=50, privacy={"target_epsilon": target})
@@ -460,8 +462,10 @@ def test_it_stops_before_the_step_that_would_exceed_the_target(tmp_path: Path) -
     assert found.state.global_step == 4
     assert found.bound().epsilon <= target
     assert PldAccountant().compose(event, 5).epsilon(DELTA).epsilon > target
+    assert "has paid for all its steps" not in caplog.text  # it ended at the step, not later
     again = found.train()  # nothing is left, and nothing happens
     assert again.global_step == 0
+    assert "has paid for all its steps" in caplog.text
     assert found.bound().epsilon <= target
 
 

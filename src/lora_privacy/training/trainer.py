@@ -65,8 +65,8 @@ class PrivacyArguments:
         target_epsilon: ε in nats.
         noise_multiplier: z = σ/C.
         method: As for ``make_private``.
-        max_grad_norm: Clipping norm C of a record's gradient; that of ``TrainingArguments`` would
-            clip once more after the noise and is not used.
+        max_grad_norm: Clipping norm C of a record's gradient; that of ``TrainingArguments`` is
+            not used.
         adjacency: As for ``make_private``.
         clipping: ``"flat"`` or ``"automatic"``.
         secure: As for ``make_private``.
