@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test examples lint format types layers unit bench soundness clean help
+.PHONY: demo test examples lint format types layers unit bench soundness docs clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -63,6 +63,10 @@ bench: $(STAMPS)/dev $(STAMPS)/demo-model  ## benchmarks: ratios with intervals,
 soundness: $(STAMPS)/dev  ## no accountant below a certified lower end, on 10,000 random ledgers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soundness.py
 
+docs: $(STAMPS)/docs  ## build the documentation site to build/docs; not part of CI
+	@$(BIN)/sphinx-build -q -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "== the site is build/docs/index.html"
+
 clean:  ## remove the virtual environment and all reports
 	rm -rf $(VENV) reports
 
@@ -81,6 +85,11 @@ $(STAMPS)/install: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(STAMPS)/dev: $(STAMPS)/install
 	@echo "== installing the tools of development"
 	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/docs: $(STAMPS)/install
+	@echo "== installing what builds the documentation"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/demo-model: requirements/demo.txt $(STAMPS)/install

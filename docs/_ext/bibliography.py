@@ -1,0 +1,39 @@
+"""The papers of ``lora_privacy.references``, as a page and a ``references.bib`` beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_privacy.references import REFERENCES, bibtex
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+_PAGE = "references"
+_FILE = "references.bib"
+
+
+def fill(app: Sphinx, docname: str, source: list[str]) -> None:  # noqa: ARG001
+    """Append the file's address and one line a paper to the page of references."""
+    if docname == _PAGE:
+        lines = (
+            f"- {item.authors or 'Cited by title'}: *{item.title}*. {item.venue}, {item.year}. "
+            f"`{item.key}`"
+            for item in REFERENCES.values()
+        )
+        link = f'All of them for BibTeX: <a href="{_FILE}">{_FILE}</a>.'
+        source[0] += "\n".join(["", link, "", *lines, ""])
+
+
+def write(app: Sphinx, error: Exception | None) -> None:
+    """Write the BibTeX file that the page links to."""
+    if error is None and app.builder.format == "html":
+        (Path(app.outdir) / _FILE).write_text(bibtex() + "\n", encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Fill the page when it is read, write the file when all is built."""
+    app.connect("source-read", fill)
+    app.connect("build-finished", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,43 @@
+"""Sphinx configuration: `make docs` builds to build/docs, warnings as errors, without a network.
+
+Plain myst-parser and no notebooks: every example of the pages is a doctest or a script that the
+tests run already, so a second engine that executes code would add a dependency and no check.
+"""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "lora-privacy"
+author = "The lora-privacy developers"
+copyright = author  # noqa: A001
+release = metadata.version("lora-privacy")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "bibliography",
+    "docstrings",
+]
+exclude_patterns = ["_ext"]
+
+# The pages are written for GitHub too, so only what renders there is on.
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Shape"]
+autodoc_typehints_format = "short"
+autodoc_default_options = {"members": True}
+maximum_signature_line_length = 88
+
+html_theme = "furo"
+html_title = f"lora-privacy {release}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_copy_source = False
+html_show_sphinx = False
