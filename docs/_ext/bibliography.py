@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_privacy.references import REFERENCES, bibtex
+from lora_privacy.references import REFERENCES, Reference, bibtex
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -17,13 +17,15 @@ _FILE = "references.bib"
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:  # noqa: ARG001
     """Append the file's address and one line a paper to the page of references."""
     if docname == _PAGE:
-        lines = (
-            f"- {item.authors or 'Cited by title'}: *{item.title}*. {item.venue}, {item.year}. "
-            f"`{item.key}`"
-            for item in REFERENCES.values()
-        )
+        lines = map(_line, REFERENCES.values())
         link = f'All of them for BibTeX: <a href="{_FILE}">{_FILE}</a>.'
         source[0] += "\n".join(["", link, "", *lines, ""])
+
+
+def _line(item: Reference) -> str:
+    authors = f"{item.authors.replace(' and ', '; ')}: " if item.authors else ""
+    year = "" if str(item.year) in item.venue else f", {item.year}"
+    return f"- {authors}*{item.title}*. {item.venue}{year}. `{item.key}`"
 
 
 def write(app: Sphinx, error: Exception | None) -> None:
