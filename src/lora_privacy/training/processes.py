@@ -212,7 +212,16 @@ def processes_of(distributed: bool | None) -> Processes:
     return OneProcess()
 
 
-def digests_of(dataset: Any) -> list[str]:  # noqa: ANN401
+class _Hashes(tuple[str, ...]):
+    """Hashes of private records: no message shows them, for a short record is soon guessed."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"{len(self)} hashes, not shown"
+
+
+def digests_of(dataset: Any) -> tuple[str, ...]:  # noqa: ANN401
     """Hashes of a few records, to see that processes hold the same ones in the same order.
 
     A record that comes out otherwise the second time (augmentation) has the hash of its type.
@@ -224,7 +233,7 @@ def digests_of(dataset: Any) -> list[str]:  # noqa: ANN401
         first, second = (_bytes_of(dataset[row]) for _ in range(2))
         known = first if first == second else type(dataset[row]).__name__.encode()
         found.append(hashlib.sha256(known).hexdigest())
-    return found
+    return _Hashes(found)
 
 
 def _bytes_of(item: Any) -> bytes:  # noqa: ANN401
