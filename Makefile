@@ -67,8 +67,8 @@ docs: $(STAMPS)/docs  ## build the documentation site to build/docs; not part of
 	@$(BIN)/sphinx-build -q -W --keep-going -b html -d build/doctrees docs build/docs
 	@echo "== the site is build/docs/index.html"
 
-clean:  ## remove the virtual environment and all reports
-	rm -rf $(VENV) reports
+clean:  ## remove the virtual environment, all reports and the built pages
+	rm -rf $(VENV) reports build
 
 $(VENV)/bin/python:
 	@echo "== creating the virtual environment $(VENV)"
