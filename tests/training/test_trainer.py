@@ -23,7 +23,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from lora_privacy.core import GradientProbe, drift, snapshot
+from lora_privacy.core import GradientProbe, adapt, drift, snapshot
 from lora_privacy.dp import PldAccountant, SampledGaussian, implied_privacy
 from lora_privacy.errors import IsolationError, StorageError, UnsupportedTrainingError
 from lora_privacy.training import (
@@ -653,3 +653,38 @@ def test_two_processes_under_torchrun_train_as_one(tmp_path: Path) -> None:
     assert torch.equal(first, second)
     torch.testing.assert_close(first, flat(alone.model), rtol=1e-5, atol=1e-6)
     assert len((tmp_path / "two" / "ledger.jsonl").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("method", ["dp-flora", "dp-sgd", "dp-lora-fa"])
+def test_every_method_trains(tmp_path: Path, method: str) -> None:
+    """A head of FLoRA layers by SGD; its checkpoint resumes."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        found = gpt2(dropout=0.0).requires_grad_(False)
+        if method == "dp-flora":
+            return adapt(found, 2, method="flora", targets=("c_attn",), law="orthonormal", seed=0)
+        if method == "dp-lora-fa":
+            return adapt(found, 2, method="lora-fa", targets=("c_attn",), seed=0)
+        for name, parameter in found.named_parameters():
+            parameter.requires_grad_(name.endswith("c_attn.weight"))
+        return found
+
+    options: dict[str, Any] = {
+        "optim": "sgd", "save_strategy": "steps", "save_steps": 2, "max_steps": 4,
+        "privacy": {"method": method},
+    }  # fmt: skip
+    first = model()
+    before = flat(first)
+    found = trainer(tmp_path, first, **options)
+    found.train()
+    assert found.private is not None
+    assert found.private.step == 4
+    assert not torch.equal(flat(first), before)
+    found.private.close()
+    again = trainer(tmp_path, model(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+    assert again.private is not None
+    assert again.private._ledger.path == tmp_path / "ledger.jsonl"
+    assert again.bound().epsilon > found.bound().epsilon  # two lost steps were paid for
