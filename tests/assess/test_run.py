@@ -171,10 +171,15 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(bert: str, tmp_path: P
         return original(*args, **options)
 
     original = run_module.fine_tune
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "fine_tune", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            assess(config, tmp_path / "out")
+    # A shell that starts the tests in the background has them ignore the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "fine_tune", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                assess(config, tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["method"] for m in saved["methods"]] == ["lora"]
     assert saved["missing"] == ["lora-fa", "flora"]
