@@ -31,8 +31,8 @@ class NoiseCallback(TrainerCallback):
     are computed from the records.
 
     A callback that is passed as ``callbacks=[…]`` comes after the reporters of ``report_to``, so
-    that its numbers are in ``trainer.state.log_history`` and on the screen only. ``attach`` puts
-    it before them.
+    that its numbers are in ``trainer.state.log_history`` and on the screen only. To put it before
+    them: ``NoiseCallback(every=20).attach(trainer)``.
 
     Args:
         every: Probe one step in so many.
@@ -41,9 +41,6 @@ class NoiseCallback(TrainerCallback):
 
     Raises:
         ValueError: An argument is out of range.
-
-    Examples:
-        >>> NoiseCallback(every=20).attach(trainer)  # doctest: +SKIP
     """
 
     def __init__(self, *, every: int = 10, delta: float = 1e-5, distortion: float = 0.5) -> None:

@@ -129,16 +129,17 @@ class PrivateTrainer(Trainer):
     Raises:
         UnsupportedTrainingError: An argument asks for what cannot be accounted.
 
-    Examples:
-        >>> from transformers import TrainingArguments
-        >>> arguments = TrainingArguments("out", per_device_train_batch_size=32,
-        ...                               gradient_accumulation_steps=16, learning_rate=1e-2)
-        >>> trainer = PrivateTrainer(
-        ...     model, arguments, train_dataset=records, processing_class=tokenizer,
-        ...     privacy=PrivacyArguments(target_epsilon=8.0, delta=1e-5),
-        ... )  # doctest: +SKIP
-        >>> trainer.train()  # doctest: +SKIP
-        >>> print(trainer.bound())  # doctest: +SKIP
+    ::
+
+        trainer = PrivateTrainer(
+            model,
+            TrainingArguments("out", per_device_train_batch_size=32,
+                              gradient_accumulation_steps=16, learning_rate=1e-2),
+            train_dataset=records, processing_class=tokenizer,
+            privacy=PrivacyArguments(target_epsilon=8.0, delta=1e-5),
+        )
+        trainer.train()
+        print(trainer.bound())
     """
 
     def __init__(
