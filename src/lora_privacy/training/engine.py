@@ -522,13 +522,7 @@ class PrivateTraining:
         if isinstance(privacy, NoiseMultiplier):
             self._noise_multiplier = privacy.noise_multiplier
             if privacy.epsilon is not None:
-                affordable = calibrate_steps(
-                    mechanism.event(self._noise_multiplier, self.sample_rate),
-                    epsilon=privacy.epsilon,
-                    delta=self.delta,
-                    accountant=self.accountant,
-                )
-                self._budget = int(affordable.value) + len(self._ledger)
+                self._budget = self._affordable(privacy.epsilon) + len(self._ledger)
             return
         steps = privacy.total_steps(self.data_loader.steps_per_epoch)
         found = calibrate(
@@ -570,17 +564,21 @@ class PrivateTraining:
         later = list(self._ledger)[charged:]
         if all((x.noise_multiplier, x.sample_rate) == own for x in later):
             return
-        target = cast("float", self._privacy.epsilon)
         try:
-            left = calibrate_steps(
-                self._ledger.mechanism.event(*own),
-                epsilon=target,
-                delta=self.delta,
-                accountant=self.accountant,
-            ).value
+            left = self._affordable(cast("float", self._privacy.epsilon))
         except CalibrationError:
             left = 0
-        self._budget = min(self._budget, len(self._ledger) + int(left))
+        self._budget = min(self._budget, len(self._ledger) + left)
+
+    def _affordable(self, epsilon: float) -> int:
+        """Steps that ``epsilon`` pays for beyond those in the ledger."""
+        found = calibrate_steps(
+            self._ledger.mechanism.event(self.noise_multiplier, self.sample_rate),
+            epsilon=epsilon,
+            delta=self.delta,
+            accountant=self.accountant,
+        )
+        return int(found.value)
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same in a run that goes on from a checkpoint."""
