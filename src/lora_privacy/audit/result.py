@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
-from lora_privacy import _validate
+from lora_privacy import _notebook, _validate
+from lora_privacy._notebook import Listed, Part
 from lora_privacy.references import REFERENCES, cite
 
 __all__ = ["CAVEAT", "NOT_STATED", "Adjacency", "LeakageEstimate", "RateEstimate"]
@@ -21,6 +23,10 @@ NOT_STATED = "not stated"
 
 CAVEAT = "A small value says that this attack found little, not that there is little to find."
 """Printed with every estimate."""
+
+_HEADING = "Evidence, not a guarantee"
+
+_LOWER_BOUND, _RATE = "evidence, a lower bound", "evidence, a rate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,24 +93,33 @@ class LeakageEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields."""
-        return {"kind": "evidence, a lower bound", **_plain(self), "caveat": CAVEAT}
+        return {"kind": _LOWER_BOUND, **_plain(self), "caveat": CAVEAT}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` gave, checked again; ValueError for anything else."""
+        return cls(**_restored(cls, data, _LOWER_BOUND))
 
     def __str__(self) -> str:
         """A paragraph to paste; ε is rounded down, δ and the significance are printed in full."""
+        return _notebook.paragraph(self._parts())
+
+    def _repr_html_(self) -> str:
+        return _notebook.box(_HEADING, self._parts())
+
+    def _parts(self) -> list[Part]:
         mu = "" if self.mu is None else f" (μ ≥ {round_down(self.mu)})"
         best = "" if self.attempts == 1 else f", the best of {self.attempts}, all paid for"
-        return " ".join(
-            [
-                f"ε ≥ {round_down(self.epsilon)} nats at δ = {self.delta!r}{mu}, at confidence "
-                f"{confidence(self.significance)}.",
-                f"Evidence, not a guarantee: {self.observed}{best}; {self.canaries} canaries, "
-                f"with which no attack shows more than {round_up(self.ceiling)}.",
-                f"Threat model: {self.threat_model}. Neighbours: {self.adjacency} of one canary.",
-                f"Method: {self.method} [{cite(*self.references)}].",
-                f"Assumes: {'; '.join(self.assumptions)}.",
-                CAVEAT,
-            ]
-        )
+        return [
+            f"ε ≥ {round_down(self.epsilon)} nats at δ = {self.delta!r}{mu}, at confidence "
+            f"{confidence(self.significance)}.",
+            f"Evidence, not a guarantee: {self.observed}{best}; {self.canaries} canaries, "
+            f"with which no attack shows more than {round_up(self.ceiling)}.",
+            f"Threat model: {self.threat_model}. Neighbours: {self.adjacency} of one canary.",
+            f"Method: {self.method} [{cite(*self.references)}].",
+            Listed("Assumes:", self.assumptions),
+            CAVEAT,
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,21 +163,30 @@ class RateEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields."""
-        return {"kind": "evidence, a rate", **_plain(self), "caveat": CAVEAT}
+        return {"kind": _RATE, **_plain(self), "caveat": CAVEAT}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` gave, checked again; ValueError for anything else."""
+        return cls(**_restored(cls, data, _RATE))
 
     def __str__(self) -> str:
         """A paragraph to paste; the interval is rounded outwards."""
-        return " ".join(
-            [
-                f"{self.quantity} = {self.value:.4g}, in [{round_down(self.low)}, "
-                f"{round_up(self.high)}] at confidence {confidence(self.significance)}, "
-                f"on {self.canaries} canaries.",
-                f"Threat model: {self.threat_model}.",
-                f"Method: {self.method} [{cite(*self.references)}].",
-                f"Assumes: {'; '.join(self.assumptions)}.",
-                CAVEAT,
-            ]
-        )
+        return _notebook.paragraph(self._parts())
+
+    def _repr_html_(self) -> str:
+        return _notebook.box(_HEADING, self._parts())
+
+    def _parts(self) -> list[Part]:
+        return [
+            f"{self.quantity} = {self.value:.4g}, in [{round_down(self.low)}, "
+            f"{round_up(self.high)}] at confidence {confidence(self.significance)}, "
+            f"on {self.canaries} canaries.",
+            f"Threat model: {self.threat_model}.",
+            f"Method: {self.method} [{cite(*self.references)}].",
+            Listed("Assumes:", self.assumptions),
+            CAVEAT,
+        ]
 
 
 def round_down(value: float) -> str:
@@ -218,3 +242,23 @@ def _jsonable(value: object) -> object:
     if isinstance(value, tuple):
         return list(cast("tuple[str, ...]", value))
     return "inf" if value == math.inf else value
+
+
+def _restored(
+    kind: type[LeakageEstimate | RateEstimate], data: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """Fields out of ``to_dict``: all of them, nothing else, and of this kind of evidence."""
+    names = {field.name for field in fields(kind)}
+    if data.get("kind") != name or set(data) != names | {"kind", "caveat"}:
+        raise ValueError(
+            f"data must be what {kind.__name__}.to_dict gave: kind {name!r} with the fields "
+            f"{', '.join(sorted(names))} and caveat; got kind {data.get('kind')!r} with "
+            f"{', '.join(sorted(map(str, data)))}."
+        )
+    return {key: _from_json(data[key]) for key in names}
+
+
+def _from_json(value: object) -> object:
+    if isinstance(value, list):
+        return tuple(cast("list[str]", value))
+    return math.inf if value == "inf" else value

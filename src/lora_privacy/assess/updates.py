@@ -1,0 +1,445 @@
+"""The white-box game on one update: was the candidate in the batch?
+
+A game: a batch of real gradients, its last record in or out by a fair coin; the attacker knows the
+others, sees what the step released and scores the last. The AUC over games is evidence; for a
+private method the most that any attack can have is proved, and stands beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lora_privacy import _validate
+from lora_privacy.assess.training import loss_of, prefixed
+from lora_privacy.audit import RateEstimate, auc, projection_attack
+from lora_privacy.core import FLoRALinear, LoRALinear, RandomProjection
+from lora_privacy.core.lora import dense_shape
+from lora_privacy.dp import GaussianEvent, PldAccountant, ProjectedGaussian
+from lora_privacy.dp.attestation import HAAR_LAWS
+from lora_privacy.errors import NonFiniteError
+from lora_privacy.training import SampleRecorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from lora_privacy.assess.batches import TokenisedDataset
+    from lora_privacy.assess.config import Task
+    from lora_privacy.core import CachedPrefix
+    from lora_privacy.laws import LawName
+
+__all__ = [
+    "UPDATE_METHODS",
+    "UpdateAttack",
+    "UpdateMethod",
+    "attack_updates",
+    "best_auc",
+    "clip_factors",
+    "sample_gradients",
+]
+
+Array = npt.NDArray[np.float64]
+UpdateMethod = Literal[
+    "full", "lora", "lora-fa", "flora", "dp-sgd", "dp-lora", "dp-lora-fa", "dp-flora"
+]
+UPDATE_METHODS: tuple[UpdateMethod, ...] = get_args(UpdateMethod)
+
+_MICRO_BATCH = 16  # records whose gradients are held in both precisions
+_AREA_STEPS = 4_000  # the area over the curve is at most 0.003 too large
+
+# What the attacker sees of the step; the rest of the threat model is common to all methods.
+_SEES: dict[UpdateMethod, str] = {
+    "full": "the mean gradient of the batch, which plain SGD adds to the weights",
+    "lora": (
+        "what the first step of plain SGD adds to the weights, G AᵀA (B = 0, so A does not move "
+        "yet), and not A"
+    ),
+    "lora-fa": "what the first step of plain SGD adds to the weights, G AᵀA, and not A",
+    "flora": "what one step of plain SGD adds to the weights, G AᵀA, and not the fresh A",
+    "dp-sgd": "the clipped mean gradient with its noise",
+    "dp-lora": (
+        "the first step of B, the clipped mean of G Aᵀ with its noise (B = 0, so the step of A is "
+        "noise alone), and A"
+    ),
+    "dp-lora-fa": "the first step of B, the clipped mean of G Aᵀ with its noise, and A",
+    "dp-flora": "(G + noise) Aᵀ, G the clipped mean gradient, and the fresh A",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateAttack:
+    """How well the white-box attack tells who was in the batch behind one update.
+
+    The game is about the layers named, as if nothing else were trained: a clip that other
+    parameters share makes the candidate's part smaller.
+
+    Attributes:
+        method: One of ``UPDATE_METHODS``.
+        rank: Rows of A; None where there is no A.
+        noise_multiplier: z = σ/C; 0 for the methods without noise.
+        batch_size: Records of the batch, the candidate among them.
+        games: Number of games, each with its own batch, A and noise.
+        layers: Names of the layers.
+        shapes: ``(out_features, in_features)`` of each.
+        auc: Area under the ROC curve of the attack, with its threat model. Evidence.
+        delta: The δ that ``epsilon`` holds at.
+        epsilon: Proved ε of one step in which the batch is known, so without any sampling;
+            None for the methods without noise.
+        best_auc: Largest AUC that any attack can have on that step, proved and rounded up; None
+            for the methods without noise.
+    """
+
+    method: UpdateMethod
+    rank: int | None
+    noise_multiplier: float
+    batch_size: int
+    games: int
+    layers: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    auc: RateEstimate
+    delta: float
+    epsilon: float | None
+    best_auc: float | None
+
+    @property
+    def knowledge(self) -> str:
+        """Threat model, in words."""
+        return self.auc.threat_model
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether the AUC's lower limit is above the proved one: then one of both is wrong."""
+        return self.best_auc is not None and self.auc.low > self.best_auc
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe fields; an infinite ε is the string ``"inf"``."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["layers"], data["shapes"] = list(self.layers), [list(one) for one in self.shapes]
+        data["auc"] = self.auc.to_dict()
+        data["epsilon"] = "inf" if self.epsilon == math.inf else self.epsilon
+        return {**data, "contradicts": self.contradicts}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a saved attack; what is proved is computed anew, never read."""
+        kept = {field.name: data[field.name] for field in fields(cls)}
+        shapes = tuple((rows, columns) for rows, columns in data["shapes"])
+        kept["epsilon"], kept["best_auc"] = _proved(
+            data["method"], shapes, data["rank"], data["noise_multiplier"], data["delta"]
+        )
+        return cls(
+            **{
+                **kept,
+                "layers": tuple(data["layers"]),
+                "shapes": shapes,
+                "auc": RateEstimate.from_dict(data["auc"]),
+            }
+        )
+
+
+def sample_gradients(
+    model: nn.Module,
+    data: TokenisedDataset,
+    layers: Sequence[str],
+    rows: Sequence[int] | npt.NDArray[np.int64],
+    task: Task,
+    prefix: CachedPrefix | None = None,
+) -> dict[str, Array]:
+    """Gradient of each record's own loss with respect to the base weight of the named layers.
+
+    At the model's present weights and without dropout, whatever is trained; an adapter whose B is
+    0 changes nothing. The model is put back as it was: modes, gradients and what asks for them.
+
+    Args:
+        model: Plain, or adapted by ``lora_privacy.core.adapt``.
+        data: Records.
+        layers: Names of linear layers, or of the adapters in their place.
+        rows: Positions in ``data``.
+        task: What the loss is.
+        prefix: Cached frozen blocks, below all of ``layers``.
+
+    Returns:
+        Layer -> gradients (len(rows), out_features, in_features), in units of the loss over the
+        weight. Eight bytes a number: name few layers.
+
+    Raises:
+        ValueError: No layer or no row.
+        UnsupportedLayerError: A layer is not linear, or its samples cannot be told apart.
+        NonFiniteError: A gradient holds NaN or infinity.
+    """
+    chosen = np.asarray(rows, np.int64)
+    if not layers or not chosen.size:
+        raise ValueError("layers and rows must name at least one layer and one record.")
+    bases = {layer: _base_of(model, layer) for layer in layers}
+    found: dict[str, list[Array]] = {layer: [] for layer in layers}
+    with _asking_for(model, bases), torch.enable_grad():
+        for start in range(0, chosen.size, _MICRO_BATCH):
+            batch = data.batch(chosen[start : start + _MICRO_BATCH])
+            with SampleRecorder(model, dense=True) as recorder:
+                with prefixed(prefix, batch):
+                    # The sum: each record keeps the gradient of its own loss.
+                    loss_of(model, batch, task)[0].sum().backward()
+                recorder.check(len(batch.ids))
+                for layer, (path, _) in bases.items():
+                    samples: Any = recorder.taps[path].samples["weight"]
+                    found[layer].append(samples.gradients.double().cpu().numpy())
+    gathered = {layer: np.concatenate(parts) for layer, parts in found.items()}
+    for layer, gradients in gathered.items():
+        if not np.isfinite(gradients).all():
+            raise NonFiniteError(f"a gradient of {layer!r} is NaN or infinite.")
+    return gathered
+
+
+def attack_updates(
+    gradients: Mapping[str, Array],
+    *,
+    method: UpdateMethod,
+    rank: int | None = None,
+    law: LawName = "gaussian",
+    noise_multiplier: float = 0.0,
+    max_grad_norm: float = 1.0,
+    batch_size: int,
+    games: int = 300,
+    seed: int,
+    significance: float = 0.05,
+    delta: float,
+) -> UpdateAttack:
+    """Play games on one update of ``method``, made of real gradients.
+
+    Every game draws a batch without replacement, a coin, an A a layer, and noise. The mean is over
+    ``batch_size``, also where the candidate is out. Scores of the layers are added.
+
+    Args:
+        gradients: Layer -> one gradient a record, (records, out, in), as ``sample_gradients``
+            gives them.
+        method: What is released; the private methods clip each record over all layers together.
+        rank: Rows of A, for the methods that have one.
+        law: Of its entries, for the same; for ``"dp-flora"`` one with a uniform row space.
+        noise_multiplier: z = σ/C, > 0 for the private methods and 0 for the others.
+        max_grad_norm: C of the private methods, in units of the gradient. B's gradient is taken
+            to be G Aᵀ, so that alpha = rank; else give C · rank / alpha.
+        batch_size: Records of a batch, at least 2, at most the records there are.
+        games: Number of games.
+        seed: Decides batches, coins, A and noise.
+        significance: Of the interval of the AUC.
+        delta: δ at which ε of the step is proved.
+
+    Raises:
+        ValueError: An argument is out of range or does not go with ``method``.
+    """
+    _validate.choice("method", method, UPDATE_METHODS)
+    shapes = _checked_shapes(gradients)
+    records = len(next(iter(gradients.values())))
+    batch_size = _validate.integer("batch_size", batch_size, 2, "The attacker knows the others.")
+    _validate.between("batch_size", batch_size, 2, records, "So many gradients there are.")
+    games = _validate.integer("games", games, 2)
+    seed = _validate.integer("seed", seed, 0)
+    _validate.inside("delta", delta, 0, 1)
+    _validate.positive("max_grad_norm", max_grad_norm)
+    private = _is_private(method)
+    if private:
+        _validate.positive("noise_multiplier", noise_multiplier, f"{method} adds noise.")
+    elif noise_multiplier:
+        raise ValueError(f"noise_multiplier must be 0 for {method!r}, got {noise_multiplier!r}.")
+    projections: dict[str, RandomProjection] = {}
+    if _projects(method):
+        if rank is None:
+            raise ValueError(f"rank must be given for {method!r}: the rows of A.")
+        if method == "dp-flora":
+            _validate.choice("law", law, HAAR_LAWS)
+        projections = {
+            layer: RandomProjection(rank, columns, law, seed=seed, layer=layer)
+            for layer, (_, columns) in zip(gradients, shapes, strict=True)
+        }
+    else:
+        rank = None
+    rng = np.random.default_rng(seed)
+    std = noise_multiplier * max_grad_norm / batch_size
+    scores, members = np.empty(games), np.empty(games, np.bool_)
+    for number in tqdm(range(games), desc=f"{method}: attack", unit="game", leave=False):
+        rows = rng.choice(records, batch_size, replace=False)
+        members[number] = rng.integers(2)
+        matrices = {
+            layer: one.matrix(number, torch.float64).numpy() for layer, one in projections.items()
+        }
+        factors = np.ones(batch_size)
+        if private:
+            batch = (g[rows] for g in gradients.values())
+            if method in ("dp-lora", "dp-lora-fa"):  # what B gets is what is clipped
+                batch = (g[rows] @ matrices[layer].T for layer, g in gradients.items())
+            factors = clip_factors(batch, max_grad_norm)
+        scores[number] = 0.0
+        for layer, g in gradients.items():
+            known = np.zeros(g.shape[1:])
+            for factor, row in zip(factors[:-1], rows[:-1], strict=True):
+                known += factor / batch_size * g[row]
+            one = factors[-1] / batch_size * g[rows[-1]]
+            scores[number] += _score(
+                method, known, one, bool(members[number]), matrices.get(layer), std, rng
+            )
+    found = auc(
+        scores, members, significance=significance, threat_model=_threat(method, batch_size)
+    )
+    epsilon, best = _proved(method, shapes, rank, noise_multiplier, delta)
+    return UpdateAttack(
+        method=method,
+        rank=rank,
+        noise_multiplier=float(noise_multiplier),
+        batch_size=batch_size,
+        games=games,
+        layers=tuple(gradients),
+        shapes=shapes,
+        auc=found,
+        delta=float(delta),
+        epsilon=epsilon,
+        best_auc=best,
+    )
+
+
+def clip_factors(gradients: Iterable[Array], max_grad_norm: float) -> Array:
+    """min(1, C/‖g‖) of each record, ‖g‖ over all layers; (records,).
+
+    Args:
+        gradients: One array (records, …) a layer.
+        max_grad_norm: C.
+    """
+    squares = sum(np.square(g.reshape(len(g), -1)).sum(1) for g in gradients)
+    sizes = np.sqrt(np.asarray(squares))
+    # Divided first, 0/0 would be NaN; a record without a gradient keeps it.
+    return max_grad_norm / np.maximum(sizes, max_grad_norm)
+
+
+def best_auc(accountant: PldAccountant) -> float:
+    """Largest AUC of any attack that an accountant's proof allows: the area over its trade-off.
+
+    Batches and candidates may be random: given them the curve holds, and its bound is convex in
+    the direction that the game has, so it holds for the mixture. Rounded up.
+    """
+    fpr = np.concatenate([np.zeros(1), np.geomspace(1e-9, 1, _AREA_STEPS)])
+    fpr[-1] = 1.0
+    fnr = accountant.trade_off(fpr)
+    # The curve falls: its value at the right end of a step is below it on the whole step.
+    area = math.fsum(np.diff(fpr) * fnr[1:]) * (1 - 4 * np.finfo(np.float64).eps)
+    return min(1.0, math.nextafter(1 - area, 2.0))
+
+
+def _score(
+    method: UpdateMethod,
+    known: Array,
+    one: Array,
+    member: bool,
+    a: Array | None,
+    std: float,
+    rng: np.random.Generator,
+) -> float:
+    """The attack on what one layer releases; steps of size 1, so that it is minus the gradient."""
+    total = known + one if member else known
+    options: dict[str, Any] = {"step_size": 1.0}
+    if a is None:
+        if std:
+            total = total + std * rng.standard_normal(total.shape)
+            options["noise_std"] = std
+        # No projection: a column of numbers behind A = 1.
+        known, one, total = (part.reshape(-1, 1) for part in (known, one, total))
+        update, options["a"] = -total, np.ones((1, 1))
+    elif method in ("dp-lora", "dp-lora-fa"):
+        update = -(total @ a.T + std * rng.standard_normal((len(total), len(a))))
+        options |= {"a": a, "noise_std": std}
+    elif method == "dp-flora":
+        update = -(total + std * rng.standard_normal(total.shape)) @ a.T
+        options |= {"a": a, "noise_std": std, "noise_at": "gradient"}
+    else:
+        update, options = -total @ a.T @ a, {}
+        # The test looks at G Uᵀ alone. In a basis of the rows of U, which whoever sees U can find,
+        # its matrices are (n, r): far cheaper.
+        basis = np.linalg.qr(update.T @ rng.standard_normal((len(update), len(a))))[0]
+        update, known, one = update @ basis, known @ basis, one @ basis
+    return float(projection_attack(update, one[None], known=known, **options)[0])
+
+
+def _proved(
+    method: UpdateMethod,
+    shapes: tuple[tuple[int, int], ...],
+    rank: int | None,
+    noise_multiplier: float,
+    delta: float,
+) -> tuple[float | None, float | None]:
+    """ε and the best AUC of one step; (None, None) without noise."""
+    if not _is_private(method):
+        return None, None
+    event = GaussianEvent(noise_multiplier)
+    if method == "dp-flora":
+        if rank is None:
+            raise ValueError("rank must be given for 'dp-flora': the rows of A.")
+        event = ProjectedGaussian(
+            layers=[(columns, rank) for _, columns in shapes], noise_multiplier=noise_multiplier
+        )
+    spent = PldAccountant().compose(event)
+    return spent.epsilon(delta).epsilon, best_auc(spent)
+
+
+def _threat(method: UpdateMethod, batch_size: int) -> str:
+    return (
+        f"white box: sees {_SEES[method]}; knows the base model, the candidate and the other "
+        f"{batch_size - 1} records of the batch, and looks at these layers as if nothing else "
+        "were trained"
+    )
+
+
+def _is_private(method: UpdateMethod) -> bool:
+    return method.startswith("dp-")
+
+
+def _projects(method: UpdateMethod) -> bool:
+    return method not in ("full", "dp-sgd")
+
+
+def _checked_shapes(gradients: Mapping[str, Array]) -> tuple[tuple[int, int], ...]:
+    if not gradients:
+        raise ValueError("gradients must name at least one layer.")
+    counts = {len(g) for g in gradients.values()}
+    if any(g.ndim != 3 for g in gradients.values()) or len(counts) > 1:
+        raise ValueError(
+            "gradients must have shape (records, out, in) with the same records in every layer, "
+            f"got {[g.shape for g in gradients.values()]}."
+        )
+    return tuple((int(g.shape[1]), int(g.shape[2])) for g in gradients.values())
+
+
+def _base_of(model: nn.Module, layer: str) -> tuple[str, nn.Parameter]:
+    """Where the recorder taps the dense weight that ``layer`` stands for, and that weight."""
+    module: Any = model.get_submodule(layer)
+    if isinstance(module, LoRALinear):
+        return f"{layer}.base", module.base.weight
+    if not isinstance(module, FLoRALinear):
+        dense_shape(module)  # refuses what is not linear
+    weight: Any = module.weight
+    return layer, weight
+
+
+@contextmanager
+def _asking_for(model: nn.Module, bases: dict[str, tuple[str, nn.Parameter]]) -> Iterator[None]:
+    """Gradients of these weights only, and no dropout, inside the block."""
+    wanted = {id(weight) for _, weight in bases.values()}
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.grad = None
+        model.eval()
+        yield
+    finally:
+        for parameter, asked, gradient in parameters:
+            parameter.requires_grad_(asked)
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
