@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from lora_privacy import _validate
+from lora_privacy import _notebook, _validate
 from lora_privacy.audit._arrays import Array, finite
 from lora_privacy.references import cite
 
@@ -105,6 +105,12 @@ class Exposure:
             f"Exposure {self.bits:.4g} of {math.log2(self.space):.4g} bits, {how}; rank "
             f"{self.rank} of {self.alternatives + 1}, p = {self.p_value:.3g} "
             f"[{cite(*_REFERENCES)}]."
+        )
+
+    def _repr_html_(self) -> str:
+        kind = "Evidence, not a guarantee"
+        return _notebook.box(
+            kind if self.fit is None else f"Heuristic {kind.lower()}", [str(self)]
         )
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal, Protocol, Self, cast
 
-from lora_privacy import _validate
+from lora_privacy import _notebook, _validate
+from lora_privacy._notebook import Part
 from lora_privacy.dp.events import Event
 from lora_privacy.dp.pld import PldAccountant
 from lora_privacy.dp.rdp import RdpAccountant
-from lora_privacy.dp.result import PrivacyBound
+from lora_privacy.dp.result import PrivacyBound, bound_parts
 from lora_privacy.errors import CalibrationError, UnsupportedEventError
 
 __all__ = ["Accountant", "Calibration", "calibrate", "calibrate_rank", "calibrate_steps"]
@@ -83,8 +84,14 @@ class Calibration:
 
     def __str__(self) -> str:
         """The value, then the paragraph of its bound."""
+        return _notebook.paragraph(self._parts())
+
+    def _repr_html_(self) -> str:
+        return _notebook.box("Guarantee", self._parts())
+
+    def _parts(self) -> list[Part]:
         name = self.quantity.replace("_", " ")
-        return f"{name} = {self.value!r} meets ε ≤ {self.target!r}: {self.bound}"
+        return [f"{name} = {self.value!r} meets ε ≤ {self.target!r}:", *bound_parts(self.bound)]
 
 
 def calibrate(

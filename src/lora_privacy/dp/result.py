@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal, cast, get_args
 
-from lora_privacy import _validate
+from lora_privacy import _notebook, _validate
+from lora_privacy._notebook import Listed, Part
 from lora_privacy.references import REFERENCES, cite
 
 __all__ = [
@@ -81,19 +82,11 @@ class PrivacyBound:
 
     def __str__(self) -> str:
         """A paragraph to paste; ε is rounded up in its last digit, δ is printed in full."""
-        if self.reason is not None:
-            head = f"No guarantee at δ = {self.delta!r}: {self.reason}"
-        else:
-            head = f"({round_up(self.epsilon)}, {self.delta!r})-differential privacy (ε in nats)."
-        return " ".join(
-            [
-                head,
-                f"Neighbours: {self.adjacency} of {self.unit}.",
-                f"Method: {self.method} [{cite(*self.references)}].",
-                *(["Assumes: " + "; ".join(self.assumptions) + "."] if self.assumptions else []),
-                *self.caveats,
-            ]
-        )
+        return _notebook.paragraph(bound_parts(self))
+
+    def _repr_html_(self) -> str:
+        kind = "Guarantee" if self.reason is None else "No guarantee"
+        return _notebook.box(kind, bound_parts(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,22 +154,26 @@ class ImpliedPrivacy:
 
     def __str__(self) -> str:
         """A paragraph to paste. It opens by saying what it is not."""
+        return _notebook.paragraph(self._parts())
+
+    def _repr_html_(self) -> str:
+        return _notebook.box("Reading, not a guarantee", self._parts())
+
+    def _parts(self) -> list[Part]:
         epsilon = "infinite" if math.isinf(self.epsilon) else round_up(self.epsilon)
         because = "" if self.reason is None else f" ({self.reason})"
-        return " ".join(
-            [
-                "Not a guarantee.",
-                "If the noise that the projection injects were Gaussian, independent of the data "
-                f"and fresh, its implied noise multiplier would be {self.noise_multiplier:.4g} "
-                f"and ε would be {epsilon} nats at δ = {self.delta!r}{because}:",
-                f"{self.steps} steps at sampling rate {self.sample_rate:.4g}, "
-                f"{len(self.layers)} adapted layers, {self.aggregation} aggregation,",
-                f"distortion {self.distortion:g}, which fails with probability up to "
-                f"{self.failure_probability:.3g}.",
-                "These assumptions fail: " + "; ".join(self.failing_assumptions) + ".",
-                f"Reading of [{cite(*self.references)}].",
-            ]
-        )
+        return [
+            "Not a guarantee.",
+            "If the noise that the projection injects were Gaussian, independent of the data "
+            f"and fresh, its implied noise multiplier would be {self.noise_multiplier:.4g} "
+            f"and ε would be {epsilon} nats at δ = {self.delta!r}{because}: "
+            f"{self.steps} steps at sampling rate {self.sample_rate:.4g}, "
+            f"{len(self.layers)} adapted layers, {self.aggregation} aggregation, "
+            f"distortion {self.distortion:g}, which fails with probability up to "
+            f"{self.failure_probability:.3g}.",
+            Listed("These assumptions fail:", self.failing_assumptions),
+            f"Reading of [{cite(*self.references)}].",
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,18 +226,37 @@ class PairDivergence:
 
     def __str__(self) -> str:
         """A paragraph to paste. It opens by saying what it is not."""
+        return _notebook.paragraph(self._parts())
+
+    def _repr_html_(self) -> str:
+        return _notebook.box("Divergence of one pair, not a guarantee", self._parts())
+
+    def _parts(self) -> list[Part]:
         epsilon = "infinite" if math.isinf(self.epsilon) else round_up(self.epsilon)
         because = "" if self.reason is None else f" ({self.reason})"
-        return " ".join(
-            [
-                "Not a guarantee.",
-                f"For this one pair, {self.pair}, ε is {epsilon} nats at δ = "
-                f"{self.delta!r}{because}; forward {round_up(self.forward)}, "
-                f"backward {round_up(self.backward)}.",
-                "ε depends on the private inputs, and another pair has another one.",
-                f"Method: {self.method} [{cite(*self.references)}].",
-            ]
-        )
+        return [
+            "Not a guarantee.",
+            f"For this one pair, {self.pair}, ε is {epsilon} nats at δ = "
+            f"{self.delta!r}{because}; forward {round_up(self.forward)}, "
+            f"backward {round_up(self.backward)}.",
+            "ε depends on the private inputs, and another pair has another one.",
+            f"Method: {self.method} [{cite(*self.references)}].",
+        ]
+
+
+def bound_parts(bound: PrivacyBound) -> list[Part]:
+    """The sentences of a bound, for itself and for results that carry one."""
+    if bound.reason is not None:
+        head = f"No guarantee at δ = {bound.delta!r}: {bound.reason}"
+    else:
+        head = f"({round_up(bound.epsilon)}, {bound.delta!r})-differential privacy (ε in nats)."
+    return [
+        head,
+        f"Neighbours: {bound.adjacency} of {bound.unit}.",
+        f"Method: {bound.method} [{cite(*bound.references)}].",
+        *([Listed("Assumes:", bound.assumptions)] if bound.assumptions else []),
+        *bound.caveats,
+    ]
 
 
 def round_up(value: float) -> str:

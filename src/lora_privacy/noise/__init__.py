@@ -32,13 +32,14 @@ if TYPE_CHECKING:
         wishart_moments,
     )
     from lora_privacy.noise.row import RowNoise
-    from lora_privacy.noise.shapes import LawsRow, LayerShape, laws_table, model_shapes
+    from lora_privacy.noise.shapes import LawsRow, LawsTable, LayerShape, laws_table, model_shapes
 
 __all__ = [
     "Distance",
     "EmpiricalNoise",
     "EntryNoise",
     "LawsRow",
+    "LawsTable",
     "LayerShape",
     "RowNoise",
     "WishartMoments",
@@ -71,6 +72,7 @@ __getattr__, __dir__ = attach(
         "EmpiricalNoise": "empirical",
         "EntryNoise": "entry",
         "LawsRow": "shapes",
+        "LawsTable": "shapes",
         "LayerShape": "shapes",
         "RowNoise": "row",
         "WishartMoments": "moments",

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lora_privacy import _validate
+from lora_privacy import _notebook, _validate
 from lora_privacy.errors import NonFiniteError
 from lora_privacy.references import cite
 
@@ -74,6 +74,9 @@ class Distance:
         else:
             size = f"= {self.value:.6g}{unit} (±{self.error:.0e}, {self.method})"
         return f"{name} of {self.law} to {self.reference} {size}; {cite(*self.references)}"
+
+    def _repr_html_(self) -> str:
+        return _notebook.box("Law, not a guarantee", [str(self)])
 
 
 def round_up(value: float) -> float:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from lora_privacy import _validate
+from lora_privacy import _notebook, _validate
 from lora_privacy.errors import DataError, UnsupportedLayerError
 from lora_privacy.noise.bounds import tv_bound
 from lora_privacy.noise.entry import EntryNoise
@@ -17,10 +17,18 @@ from lora_privacy.noise.gaussianity import kolmogorov_to_gaussian, tv_to_gaussia
 from lora_privacy.noise.jl import jl_distortion
 from lora_privacy.noise.joint import joint_tv_to_gaussian
 
-__all__ = ["JL_FAILURE", "LawsRow", "LayerShape", "laws_table", "model_shapes"]
+__all__ = ["JL_FAILURE", "LawsRow", "LawsTable", "LayerShape", "laws_table", "model_shapes"]
 
 #: Failure probability that the distortion in a table is stated at.
 JL_FAILURE = 0.05
+
+_KIND = "Laws, not a guarantee"
+_NOTE = (
+    "For Gaussian A and an entry of average size. tv, kolmogorov and joint_tv are distances to "
+    "the Gaussian of the same covariance, 0 to 1. All rows of one gradient keep their norm within "
+    f"1 ± jl_distortion but for a probability of {JL_FAILURE:g}. Two rows or more are at distance "
+    "1 from independent Gaussian noise at every rank."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,22 @@ class LawsRow:
         """All fields, ready for JSON."""
         return asdict(self) | {"layers": list(self.layers)}
 
+    def _repr_html_(self) -> str:
+        return _notebook.table(_KIND, [self.to_dict()], _NOTE)
+
+
+class LawsTable(tuple[LawsRow, ...]):
+    """Rows of laws: a tuple that a notebook shows as a table."""
+
+    __slots__ = ()
+
+    def to_pandas(self) -> Any:  # noqa: ANN401  (pandas is no dependency)
+        """A ``pandas.DataFrame``, a row a shape; MissingPackageError without pandas."""
+        return _notebook.frame([row.to_dict() for row in self])
+
+    def _repr_html_(self) -> str:
+        return _notebook.table(_KIND, [row.to_dict() for row in self], _NOTE)
+
 
 def model_shapes(config: Mapping[str, Any] | str | Path) -> tuple[LayerShape, ...]:
     """Shapes of the linear maps in a model's blocks, from its config; no weights are read.
@@ -107,7 +131,7 @@ def model_shapes(config: Mapping[str, Any] | str | Path) -> tuple[LayerShape, ..
     return tuple(_FAMILIES[kind](_Sizes(values)))
 
 
-def laws_table(shapes: Iterable[LayerShape], rank: int) -> tuple[LawsRow, ...]:
+def laws_table(shapes: Iterable[LayerShape], rank: int) -> LawsTable:
     """State the laws of the noise for every distinct shape, at one rank, for Gaussian A.
 
     Args:
@@ -115,7 +139,8 @@ def laws_table(shapes: Iterable[LayerShape], rank: int) -> tuple[LawsRow, ...]:
         rank: r, at least 1.
 
     Returns:
-        One row per distinct (in_features, out_features), in the order of first appearance.
+        One row per distinct (in_features, out_features), in the order of first appearance: a
+        tuple.
 
     Raises:
         ValueError: The rank or a shape is out of range, or there are no shapes.
@@ -129,7 +154,7 @@ def laws_table(shapes: Iterable[LayerShape], rank: int) -> tuple[LawsRow, ...]:
         raise ValueError("shapes must name at least one layer, got none.")
     # Layers of one input size share all laws but the distortion.
     laws = {m: _laws(m, rank) for m in dict.fromkeys(m for m, _ in groups)}
-    return tuple(
+    return LawsTable(
         LawsRow(
             layers=tuple(layer.name for layer in layers),
             count=sum(layer.count for layer in layers),
