@@ -15,6 +15,7 @@ LIGHT = (
     "lora_privacy.audit",
     "lora_privacy.laws",
     "lora_privacy.references",
+    "lora_privacy.plots",
 )
 HEAVY = ("torch", "opacus", "transformers", "peft", "matplotlib", "pandas")
 PACKAGES = [

@@ -19,7 +19,7 @@ from lora_privacy.dp import (
     calibrate_steps,
 )
 from lora_privacy.dp.curve import PrivacyCurve, privacy_curve
-from lora_privacy.dp.result import round_up
+from lora_privacy.dp.result import at_most
 from lora_privacy.errors import UnsupportedEventError
 from lora_privacy.references import cite
 
@@ -34,7 +34,6 @@ __all__ = [
     "Answer",
     "Release",
     "ReleaseConfig",
-    "at_most",
     "layers_of",
     "sample_rate_of",
 ]
@@ -285,16 +284,6 @@ def sample_rate_of(
         "Give --sample-rate, or --batch-size and --dataset-size: the expected batch size and "
         "the number of records."
     )
-
-
-def at_most(value: float) -> str:
-    """``value`` in up to six significant digits, never below it.
-
-    >>> at_most(1e-5), at_most(0.16144097)
-    ('1e-05', '0.161441')
-    """
-    short = f"{value:.6g}"
-    return short if float(short) >= value else round_up(value)
 
 
 def layers_of(texts: Sequence[str], *, with_rank: bool) -> tuple[tuple[int, int], ...]:

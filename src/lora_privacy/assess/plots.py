@@ -14,6 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from lora_privacy.assess.tables import short_names
+from lora_privacy.plots import STYLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +35,6 @@ __all__ = [
     "plot_training",
 ]
 
-_STYLES = (("#1b4f8a", "o", "-"), ("#c8553d", "s", "--"), ("#4a4a4a", "^", ":"))
 _QQ_PANELS = 6
 _SETTINGS: dict[Any, Any] = {
     "font.size": 9,
@@ -124,7 +124,7 @@ def draw_all(result: Assessment) -> dict[str, Drawing]:
 def plot_noise_ratio(result: Assessment, ax: Axes) -> Axes:
     """Measured over predicted noise energy, a layer a line; bars are ±2 standard errors."""
     for index, method in enumerate(result.methods):
-        colour, marker, _ = _STYLES[index % len(_STYLES)]
+        colour, marker, _ = STYLES[index % len(STYLES)]
         places = [_place(method.layers, i, index, len(result.methods)) for i in _rows(method)]
         ax.errorbar(
             [layer.fresh_ratio for layer in method.layers],
@@ -188,7 +188,7 @@ def plot_dynamics(result: Assessment, ax: Axes) -> Axes:
     for index, method in enumerate(result.methods):
         if not method.dynamics:
             continue
-        colour, marker, _ = _STYLES[index % len(_STYLES)]
+        colour, marker, _ = STYLES[index % len(STYLES)]
         gaps = [max(layer.disagreement, 1e-9) for layer in method.dynamics]
         ax.plot(gaps, range(len(gaps)), marker, color=colour, markersize=5, label=method.method)
     ax.set_xscale("log")
@@ -205,7 +205,7 @@ def plot_dynamics(result: Assessment, ax: Axes) -> Axes:
 def plot_training(result: Assessment, left: Axes, right: Axes) -> tuple[Axes, Axes]:
     """Training loss, smoothed over 20 steps, and the held-out result after each epoch."""
     for index, method in enumerate(result.methods):
-        colour, marker, line = _STYLES[index % len(_STYLES)]
+        colour, marker, line = STYLES[index % len(STYLES)]
         losses = method.curve.losses
         window = min(20, len(losses))
         smooth = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]

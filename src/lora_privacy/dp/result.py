@@ -272,6 +272,16 @@ def round_up(value: float) -> str:
     return f"{exact.quantize(digit, rounding=ROUND_CEILING).normalize():g}"
 
 
+def at_most(value: float) -> str:
+    """``value`` in up to six significant digits, never below it.
+
+    >>> at_most(1e-5), at_most(0.16144097)
+    ('1e-05', '0.161441')
+    """
+    short = f"{value:.6g}"
+    return short if float(short) >= value else round_up(value)
+
+
 def _check_epsilon(epsilon: float, reason: str | None) -> None:
     _validate.between("epsilon", epsilon, 0, math.inf, "An ε is never NaN and never negative.")
     if math.isinf(epsilon) and not reason:
