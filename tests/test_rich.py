@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_privacy import _notebook
+from lora_privacy.assess.tables import Table
 from lora_privacy.audit import auc, epsilon_one_run, exposure
 from lora_privacy.dp import (
     GaussianEvent,
@@ -165,6 +166,11 @@ def test_rows_become_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", fake)
     rows = laws_table([LayerShape("query", 384, 384, 6)], 8)
     assert rows.to_pandas() == ("frame", [rows[0].to_dict()])
+    cells = Table(("method", "ε"), (("lora", "none"), ("flora", "8")))
+    assert cells.to_pandas() == (
+        "frame",
+        [{"method": "lora", "ε": "none"}, {"method": "flora", "ε": "8"}],
+    )
 
 
 def test_without_pandas_the_error_says_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lora_privacy._notebook import frame
 from lora_privacy.noise.shapes import JL_FAILURE
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ class Table:
         """The table in GitHub's Markdown."""
         lines = [self.headings, tuple("---" for _ in self.headings), *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def to_pandas(self) -> Any:  # noqa: ANN401  (pandas is no dependency)
+        """A ``pandas.DataFrame`` of the text cells; MissingPackageError without pandas."""
+        return frame([dict(zip(self.headings, row, strict=True)) for row in self.rows])
 
 
 def number(value: float, digits: int = 3) -> str:
