@@ -5,7 +5,7 @@ import math
 from lora_privacy.assess.config import AssessConfig
 from lora_privacy.assess.dynamics import LayerDynamics
 from lora_privacy.assess.measure import EntryCheck, LayerNoise
-from lora_privacy.assess.readings import privacy_readings
+from lora_privacy.assess.readings import plain_readings
 from lora_privacy.assess.result import Assessment, DataSummary, MethodResult
 from lora_privacy.assess.training import Score, TrainingCurve
 
@@ -63,7 +63,7 @@ def example_assessment() -> Assessment:
         cpu_seconds=3.0,
         peak_bytes=512 * 2**20,
     )
-    proved, implied, flattering = privacy_readings(config, [(384, 8)] * 2, 2_000, 4)
+    readings = plain_readings(config, [(384, 8)] * 2, 2_000, 4, None)
     methods = tuple(
         MethodResult(
             method=method,
@@ -83,9 +83,9 @@ def example_assessment() -> Assessment:
                 )
                 for name in names
             ),
-            proved=proved,
-            implied=implied,
-            flattering=flattering,
+            proved=readings.proved,
+            implied=readings.implied,
+            flattering=readings.flattering,
         )
         for method in ("lora", "flora")
     )

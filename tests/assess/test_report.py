@@ -9,7 +9,7 @@ import pytest
 from example_assessment import example_assessment
 
 from lora_privacy.assess import plots, tables
-from lora_privacy.assess.readings import privacy_readings
+from lora_privacy.assess.readings import plain_readings
 from lora_privacy.assess.result import Assessment, method_from_dict
 
 
@@ -93,7 +93,7 @@ def test_no_reading_is_printed_without_its_mark(saved: Path, assessment: Assessm
 def test_numbers_of_the_tables_are_in_the_json(saved: Path, assessment: Assessment) -> None:
     data = json.loads((saved / "report.json").read_text())
     for method, result in zip(data["methods"], assessment.methods, strict=True):
-        readings = privacy_readings(assessment.config, result.shapes, 2_000, 4)
+        readings = plain_readings(assessment.config, result.shapes, 2_000, 4, None)
         assert method_from_dict(method, readings) == result
     assert data["methods"][0]["proved"]["epsilon"] == "inf"
     assert data["methods"][0]["dynamics"][0]["drift_bound"] == "inf"

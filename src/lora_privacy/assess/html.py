@@ -104,6 +104,12 @@ def _missing(result: Assessment) -> str:
 def _verdict(result: Assessment) -> str:
     if not result.methods:
         return "<p class=verdict>No method finished, so nothing is said here.</p>"
+    if any(method.proved.reason is None for method in result.methods):
+        lines = "".join(
+            f"<li><strong>{escape(m.method)}</strong>: {escape(str(m.proved))}</li>"
+            for m in result.methods
+        )
+        return f"<div class=verdict><ul>{lines}</ul></div>"
     names = escape(", ".join(method.method for method in result.methods))
     reasons = {method.proved.reason or "" for method in result.methods}
     readings = "; ".join(
@@ -127,6 +133,8 @@ def _grouped(result: Assessment) -> list[tuple[str, MethodResult]]:
     """One method for each distinct reading, with the names of all that share it."""
     groups: dict[str, list[MethodResult]] = {}
     for method in result.methods:
+        if method.implied is None or method.flattering is None:
+            continue
         groups.setdefault(f"{method.implied}{method.flattering}", []).append(method)
     return [(", ".join(m.method for m in group), group[0]) for group in groups.values()]
 

@@ -81,14 +81,16 @@ def draw_all(result: Assessment) -> dict[str, Drawing]:
                 files[kind] = buffer.getvalue()
         drawings[name] = Drawing(files["svg"], files["png"], alt)
 
-    height = 1.6 + 0.22 * max(len(method.layers) for method in result.methods)
-    draw(
-        "noise-ratio",
-        "Measured over predicted noise energy for every layer and method; one is exact.",
-        (7.5, height),
-        lambda figure: plot_noise_ratio(result, figure.add_subplot()),
-    )
-    for method in result.methods:
+    projected = [method for method in result.methods if method.layers]
+    height = 1.6 + 0.22 * max((len(method.layers) for method in projected), default=0)
+    if projected:
+        draw(
+            "noise-ratio",
+            "Measured over predicted noise energy for every layer and method; one is exact.",
+            (7.5, height),
+            lambda figure: plot_noise_ratio(result, figure.add_subplot()),
+        )
+    for method in projected:
         layers = _spread(method.layers)
         rows = math.ceil(len(layers) / 3)
         draw(
@@ -98,13 +100,14 @@ def draw_all(result: Assessment) -> dict[str, Drawing]:
             (7.5, 2.6 * rows),
             lambda figure, layers=layers, rows=rows: _paint_quantiles(figure, layers, rows),
         )
-    draw(
-        "distances",
-        "Total variation between the noise and a Gaussian for every layer: an entry, its proved "
-        "bound, a row and the whole matrix.",
-        (7.5, height),
-        lambda figure: plot_distances(result.methods[0], figure.add_subplot()),
-    )
+    if projected:
+        draw(
+            "distances",
+            "Total variation between the noise and a Gaussian for every layer: an entry, its proved "
+            "bound, a row and the whole matrix.",
+            (7.5, height),
+            lambda figure: plot_distances(projected[0], figure.add_subplot()),
+        )
     if any(method.dynamics for method in result.methods):
         draw(
             "dynamics",
@@ -123,9 +126,10 @@ def draw_all(result: Assessment) -> dict[str, Drawing]:
 
 def plot_noise_ratio(result: Assessment, ax: Axes) -> Axes:
     """Measured over predicted noise energy, a layer a line; bars are ±2 standard errors."""
-    for index, method in enumerate(result.methods):
+    projected = [method for method in result.methods if method.layers]
+    for index, method in enumerate(projected):
         colour, marker, _ = STYLES[index % len(STYLES)]
-        places = [_place(method.layers, i, index, len(result.methods)) for i in _rows(method)]
+        places = [_place(method.layers, i, index, len(projected)) for i in _rows(method)]
         ax.errorbar(
             [layer.fresh_ratio for layer in method.layers],
             places,
@@ -146,7 +150,7 @@ def plot_noise_ratio(result: Assessment, ax: Axes) -> Axes:
         )
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_xlabel("noise energy ‖G(AᵀA − I)‖², measured / predicted")
-    _name_layers(ax, result.methods[0].layers)
+    _name_layers(ax, projected[0].layers)
     _legend_above(ax, 2)
     return ax
 
@@ -207,7 +211,7 @@ def plot_training(result: Assessment, left: Axes, right: Axes) -> tuple[Axes, Ax
     for index, method in enumerate(result.methods):
         colour, marker, line = STYLES[index % len(STYLES)]
         losses = method.curve.losses
-        window = min(20, len(losses))
+        window = max(1, min(20, len(losses)))
         smooth = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
         steps = range(window, len(losses) + 1)
         left.plot(steps, smooth, line, color=colour, label=method.method)
@@ -220,7 +224,7 @@ def plot_training(result: Assessment, left: Axes, right: Axes) -> tuple[Axes, Ax
     causal = result.config.task == "causal-lm"
     right.set_xlabel("epoch")
     right.set_ylabel("held-out loss, nats" if causal else "held-out accuracy, %")
-    right.set_xticks(list(range(1, result.config.epochs + 1)))
+    right.set_xticks(range(1, max(len(m.curve.scores) for m in result.methods) + 1))
     left.legend(frameon=False)
     return left, right
 

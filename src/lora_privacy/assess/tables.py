@@ -87,20 +87,22 @@ def _row(method: MethodResult) -> tuple[str, ...]:
         number(method.curve.wall_seconds / method.curve.steps, 2),
         "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB",
         _pooled_ratio(method),
-        number(_median([layer.tv_median for layer in method.layers])),
-        number(_median([layer.joint_tv for layer in method.layers])),
-        number(max(layer.matrix_tv for layer in method.layers)),
+        number(_median([layer.tv_median for layer in method.layers])) if method.layers else "–",
+        number(_median([layer.joint_tv for layer in method.layers])) if method.layers else "–",
+        number(max(layer.matrix_tv for layer in method.layers)) if method.layers else "–",
         f"{100 * _median(list(method.drift.values())):.1f} %" if method.drift else "–",
         f"{100 * _median([d.disagreement for d in method.dynamics]):.2g} %"
         if method.dynamics
         else "–",
         "none" if math.isinf(method.proved.epsilon) else number(method.proved.epsilon),
-        number(method.implied.epsilon),
+        "–" if method.implied is None else number(method.implied.epsilon),
     )
 
 
 def _pooled_ratio(method: MethodResult) -> str:
     """Mean over layers of the fresh-draw ratio, ± 2 standard errors; layers draw separately."""
+    if not method.layers:
+        return "–"
     count = len(method.layers)
     mean = sum(layer.fresh_ratio for layer in method.layers) / count
     error = math.sqrt(sum(layer.fresh_standard_error**2 for layer in method.layers)) / count
