@@ -42,7 +42,10 @@ __all__ = [
     "UpdateMethod",
     "attack_updates",
     "best_auc",
+    "checked_shapes",
     "clip_factors",
+    "is_private",
+    "projections_of",
     "sample_gradients",
 ]
 
@@ -236,7 +239,7 @@ def attack_updates(
         ValueError: An argument is out of range or does not go with ``method``.
     """
     _validate.choice("method", method, UPDATE_METHODS)
-    shapes = _checked_shapes(gradients)
+    shapes = checked_shapes(gradients)
     records = len(next(iter(gradients.values())))
     batch_size = _validate.integer("batch_size", batch_size, 2, "The attacker knows the others.")
     _validate.between("batch_size", batch_size, 2, records, "So many gradients there are.")
@@ -244,25 +247,18 @@ def attack_updates(
     seed = _validate.integer("seed", seed, 0)
     _validate.inside("delta", delta, 0, 1)
     _validate.positive("max_grad_norm", max_grad_norm)
-    private = _is_private(method)
+    private = is_private(method)
     if private:
         _validate.positive("noise_multiplier", noise_multiplier, f"{method} adds noise.")
     elif noise_multiplier:
         raise ValueError(f"noise_multiplier must be 0 for {method!r}, got {noise_multiplier!r}.")
-    projections: dict[str, RandomProjection] = {}
-    if _projects(method):
-        if rank is None:
-            raise ValueError(f"rank must be given for {method!r}: the rows of A.")
-        if method == "dp-flora":
-            _validate.choice("law", law, HAAR_LAWS)
-        projections = {
-            layer: RandomProjection(rank, columns, law, seed=seed, layer=layer)
-            for layer, (_, columns) in zip(gradients, shapes, strict=True)
-        }
-    else:
-        rank = None
+    projections = projections_of(gradients, method, rank, law, seed)
+    rank = rank if projections else None
     rng = np.random.default_rng(seed)
     std = noise_multiplier * max_grad_norm / batch_size
+    weights = np.ones(records)
+    if method in ("dp-sgd", "dp-flora"):
+        weights = clip_factors(gradients.values(), max_grad_norm)
     scores, members = np.empty(games), np.empty(games, np.bool_)
     for number in tqdm(range(games), desc=f"{method}: attack", unit="game", leave=False):
         rows = rng.choice(records, batch_size, replace=False)
@@ -270,21 +266,19 @@ def attack_updates(
         matrices = {
             layer: one.matrix(number, torch.float64).numpy() for layer, one in projections.items()
         }
-        factors = np.ones(batch_size)
-        if private:
-            batch = (g[rows] for g in gradients.values())
-            if method in ("dp-lora", "dp-lora-fa"):  # what B gets is what is clipped
-                batch = (g[rows] @ matrices[layer].T for layer, g in gradients.items())
-            factors = clip_factors(batch, max_grad_norm)
+        used, places, factors = gradients, rows, weights[rows]
+        if method in ("dp-lora", "dp-lora-fa"):  # what B gets is what is clipped
+            used = {
+                layer: np.stack([g[row] @ matrices[layer].T for row in rows])
+                for layer, g in gradients.items()
+            }
+            places, factors = np.arange(batch_size), clip_factors(used.values(), max_grad_norm)
         scores[number] = 0.0
-        for layer, g in gradients.items():
-            known = np.zeros(g.shape[1:])
-            for factor, row in zip(factors[:-1], rows[:-1], strict=True):
-                known += factor / batch_size * g[row]
-            one = factors[-1] / batch_size * g[rows[-1]]
-            scores[number] += _score(
-                method, known, one, bool(members[number]), matrices.get(layer), std, rng
-            )
+        for layer, g in used.items():
+            known = _weighted(g, places[:-1], factors[:-1] / batch_size)
+            one = _weighted(g, places[-1:], factors[-1:] / batch_size)
+            total = known + one if members[number] else known
+            scores[number] += _score(method, total, known, one, matrices.get(layer), std, rng)
     found = auc(
         scores, members, significance=significance, threat_model=_threat(method, batch_size)
     )
@@ -302,6 +296,30 @@ def attack_updates(
         epsilon=epsilon,
         best_auc=best,
     )
+
+
+def projections_of(
+    gradients: Mapping[str, Array],
+    method: UpdateMethod,
+    rank: int | None,
+    law: LawName,
+    seed: int,
+) -> dict[str, RandomProjection]:
+    """Layer -> its A; empty for the methods that have none.
+
+    Raises:
+        ValueError: There is no rank, or the law has no uniform row space and dp-flora needs one.
+    """
+    if method in ("full", "dp-sgd"):
+        return {}
+    if rank is None:
+        raise ValueError(f"rank must be given for {method!r}: the rows of A.")
+    if method == "dp-flora":
+        _validate.choice("law", law, HAAR_LAWS)
+    return {
+        layer: RandomProjection(rank, g.shape[2], law, seed=seed, layer=layer)
+        for layer, g in gradients.items()
+    }
 
 
 def clip_factors(gradients: Iterable[Array], max_grad_norm: float) -> Array:
@@ -333,36 +351,39 @@ def best_auc(accountant: PldAccountant) -> float:
 
 def _score(
     method: UpdateMethod,
+    total: Array,
     known: Array,
     one: Array,
-    member: bool,
     a: Array | None,
     std: float,
     rng: np.random.Generator,
 ) -> float:
     """The attack on what one layer releases; steps of size 1, so that it is minus the gradient."""
-    total = known + one if member else known
-    options: dict[str, Any] = {"step_size": 1.0}
-    if a is None:
+    options: dict[str, Any] = {}
+    if a is None or method in ("dp-lora", "dp-lora-fa"):
         if std:
             total = total + std * rng.standard_normal(total.shape)
-            options["noise_std"] = std
-        # No projection: a column of numbers behind A = 1.
-        known, one, total = (part.reshape(-1, 1) for part in (known, one, total))
-        update, options["a"] = -total, np.ones((1, 1))
-    elif method in ("dp-lora", "dp-lora-fa"):
-        update = -(total @ a.T + std * rng.standard_normal((len(total), len(a))))
-        options |= {"a": a, "noise_std": std}
+        # Released as it is: a column of numbers, and A = 1.
+        update, known, one = -total.reshape(-1, 1), known.reshape(-1, 1), one.reshape(-1, 1)
+        options = {"a": np.ones((1, 1)), "step_size": 1.0, "noise_std": std}
     elif method == "dp-flora":
         update = -(total + std * rng.standard_normal(total.shape)) @ a.T
-        options |= {"a": a, "noise_std": std, "noise_at": "gradient"}
+        options = {"a": a, "step_size": 1.0, "noise_std": std, "noise_at": "gradient"}
     else:
-        update, options = -total @ a.T @ a, {}
+        update = -total @ a.T @ a
         # The test looks at G Uᵀ alone. In a basis of the rows of U, which whoever sees U can find,
         # its matrices are (n, r): far cheaper.
         basis = np.linalg.qr(update.T @ rng.standard_normal((len(update), len(a))))[0]
         update, known, one = update @ basis, known @ basis, one @ basis
     return float(projection_attack(update, one[None], known=known, **options)[0])
+
+
+def _weighted(gradients: Array, places: npt.NDArray[np.int64], weights: Array) -> Array:
+    """Σ weights_i G_i over the places, through one buffer: large temporaries are slow."""
+    total, buffer = np.zeros(gradients.shape[1:]), np.empty(gradients.shape[1:])
+    for place, weight in zip(places, weights, strict=True):
+        total += np.multiply(gradients[place], weight, out=buffer)
+    return total
 
 
 def _proved(
@@ -373,7 +394,7 @@ def _proved(
     delta: float,
 ) -> tuple[float | None, float | None]:
     """ε and the best AUC of one step; (None, None) without noise."""
-    if not _is_private(method):
+    if not is_private(method):
         return None, None
     event = GaussianEvent(noise_multiplier)
     if method == "dp-flora":
@@ -394,15 +415,13 @@ def _threat(method: UpdateMethod, batch_size: int) -> str:
     )
 
 
-def _is_private(method: UpdateMethod) -> bool:
+def is_private(method: UpdateMethod) -> bool:
+    """Whether ``method`` clips and adds noise."""
     return method.startswith("dp-")
 
 
-def _projects(method: UpdateMethod) -> bool:
-    return method not in ("full", "dp-sgd")
-
-
-def _checked_shapes(gradients: Mapping[str, Array]) -> tuple[tuple[int, int], ...]:
+def checked_shapes(gradients: Mapping[str, Array]) -> tuple[tuple[int, int], ...]:
+    """``(out, in)`` of each layer; ValueError for none, or for other shapes or records."""
     if not gradients:
         raise ValueError("gradients must name at least one layer.")
     counts = {len(g) for g in gradients.values()}
@@ -418,8 +437,8 @@ def _base_of(model: nn.Module, layer: str) -> tuple[str, nn.Parameter]:
     """Where the recorder taps the dense weight that ``layer`` stands for, and that weight."""
     module: Any = model.get_submodule(layer)
     if isinstance(module, LoRALinear):
-        return f"{layer}.base", module.base.weight
-    if not isinstance(module, FLoRALinear):
+        layer, module = f"{layer}.base", module.base
+    elif not isinstance(module, FLoRALinear):
         dense_shape(module)  # refuses what is not linear
     weight: Any = module.weight
     return layer, weight
