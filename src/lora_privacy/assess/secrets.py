@@ -86,6 +86,7 @@ class SecretScore:
         """Rebuild a saved score; its bits are computed anew from the rank."""
         saved = data["exposure"]
         rank, alternatives = saved["rank"], saved["alternatives"]
+        _validate.between("rank", rank, 1, alternatives + 1)
         # Scores of the same rank: who lies above, and who below.
         others = np.where(np.arange(alternatives) < rank - 1, 1.0, -1.0)
         return cls(

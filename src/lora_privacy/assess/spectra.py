@@ -15,6 +15,7 @@ import torch
 
 from lora_privacy import _validate
 from lora_privacy.assess.updates import (
+    UPDATE_METHODS,
     checked_shapes,
     clip_factors,
     is_private,
@@ -110,6 +111,7 @@ def spectra(
         ValueError: An argument is out of range, the method adds no noise, or the mean gradient of
             a layer is 0.
     """
+    _validate.choice("method", method, UPDATE_METHODS)
     shapes = checked_shapes(gradients)
     if not is_private(method):
         raise ValueError(f"method must add noise, got {method!r}; its spectrum is the clean one.")

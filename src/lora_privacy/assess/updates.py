@@ -134,18 +134,13 @@ class UpdateAttack:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild a saved attack; what is proved is computed anew, never read."""
         kept = {field.name: data[field.name] for field in fields(cls)}
-        shapes = tuple((rows, columns) for rows, columns in data["shapes"])
+        kept["layers"] = tuple(data["layers"])
+        kept["shapes"] = tuple((rows, columns) for rows, columns in data["shapes"])
+        kept["auc"] = RateEstimate.from_dict(data["auc"])
         kept["epsilon"], kept["best_auc"] = _proved(
-            data["method"], shapes, data["rank"], data["noise_multiplier"], data["delta"]
+            data["method"], kept["shapes"], data["rank"], data["noise_multiplier"], data["delta"]
         )
-        return cls(
-            **{
-                **kept,
-                "layers": tuple(data["layers"]),
-                "shapes": shapes,
-                "auc": RateEstimate.from_dict(data["auc"]),
-            }
-        )
+        return cls(**kept)
 
 
 def sample_gradients(
