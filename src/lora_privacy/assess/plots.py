@@ -8,13 +8,21 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from lora_privacy.assess.cells import score_cell
+from lora_privacy.assess.escaping import figure_label
+from lora_privacy.assess.evidence_plots import (
+    plot_areas,
+    plot_attacks,
+    plot_spectrum,
+    plot_utility,
+    series,
+)
 from lora_privacy.assess.tables import short_names
-from lora_privacy.plots import STYLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,107 +36,222 @@ if TYPE_CHECKING:
 __all__ = [
     "Drawing",
     "draw_all",
+    "plot_areas",
+    "plot_attacks",
     "plot_distances",
     "plot_dynamics",
     "plot_noise_ratio",
     "plot_quantiles",
+    "plot_spectrum",
     "plot_training",
+    "plot_utility",
 ]
 
 _QQ_PANELS = 6
 _SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#dddddd",
+    "hatch.linewidth": 0.4,
     "svg.fonttype": "path",
     "svg.hashsalt": "lora-privacy",  # the same numbers give the same file
+    "pdf.fonttype": 42,  # fonts are embedded as TrueType, which journals ask for
+    "text.usetex": False,  # names of the data are no LaTeX
+    "text.parse_math": True,  # axes in powers of ten need it; labels are escaped
 }
+# No date in a file, for the same reason as the salt.
+_METADATA: dict[str, dict[str, Any] | None] = {
+    "svg": {"Date": None},
+    "png": None,
+    "pdf": {"CreationDate": None},
+}
+
+Section = Literal["privacy", "attacks", "utility", "projection"]
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A figure as files, with the sentence that stands in for it.
+    """A figure as files, with the words that go with it.
 
     Attributes:
-        svg: Vector form. png: Raster form, 150 dots an inch.
+        svg: Vector form. pdf: The same with embedded fonts. png: Raster form, 150 dots an inch.
         alt: What it shows, for those who cannot see it.
+        caption: How to read it.
+        section: Where on the page it stands.
     """
 
     svg: bytes
     png: bytes
+    pdf: bytes
     alt: str
+    caption: str
+    section: Section
 
 
 def draw_all(result: Assessment) -> dict[str, Drawing]:
     """All figures by name; empty when no method finished."""
     if not result.methods:
         return {}
+    return {
+        **_evidence(result),
+        "training": _draw(
+            lambda figure: plot_training(result, *figure.subplots(1, 2)),
+            size=(7.5, 3.2),
+            alt="Training loss against the step, and held-out results after every epoch.",
+            caption="Training loss (mean of 20 steps) and held-out result. A private method's "
+            "loss is that of the records that its coins drew.",
+            section="utility",
+        ),
+        **_projection(result),
+    }
+
+
+def _evidence(result: Assessment) -> dict[str, Drawing]:
+    """What is proved and what attacks got."""
+    places = "; ".join(f"{m.method} {score_cell(m.curve.scores[-1])}" for m in result.methods)
+    drawings = {
+        "utility-privacy": _draw(
+            lambda figure: plot_utility(result, figure.add_subplot()),
+            size=(7.5, 3.2 + 0.16 * len(result.methods)),
+            alt=f"Held-out result of each method against its ε: {places}. The bounds are those of "
+            "the table of privacy.",
+            caption="What each method scores, against ε. Its true ε lies between the tick, which "
+            "is what attacks show (evidence, at its confidence), and the marker, which is what is "
+            "proved (guarantee). A hollow marker with an arrow to ∞: nothing is proved. Vertical "
+            "bars: 95 % limits of the accuracy. A line near 0 on the left says that these attacks "
+            "showed little, not that ε is small.",
+            section="privacy",
+        )
+    }
+    attacked = [method for method in result.methods if method.membership is not None]
+    if attacked:
+        rows = math.ceil(len(attacked) / 2)
+        drawings["attacks"] = _draw(
+            lambda figure: _paint_attacks(figure, attacked, rows),
+            size=(7.5, 0.5 + 3.3 * rows),
+            alt="True against false positive rate of every membership attack, a panel a method; "
+            "for private methods the region that a proof excludes is hatched.",
+            caption="Membership attacks. Every curve describes one target's records and stops "
+            "where the false positive rate is that of one record; bars at one FPR are limits of "
+            "the TPR that hold for all attacks together. Hatched: proved to be out of reach for "
+            "every attack, known or not; a curve of few records may stray into it, a whole bar in "
+            "it would be a contradiction. Without noise there is no such region.",
+            section="attacks",
+        )
+    if attacked or any(method.update is not None for method in result.methods):
+        rates = sum(
+            (0 if m.membership is None else len(m.membership.report.rates))
+            + (m.update is not None)
+            for m in result.methods
+        )
+        drawings["areas"] = _draw(
+            lambda figure: plot_areas(result, figure.add_subplot()),
+            size=(7.5, 1.2 + 0.2 * rates),
+            alt="Area under the curve of every attack, with confidence limits; the numbers are in "
+            "the tables of attacks.",
+            caption="How well each attack tells members from others. A wide interval says that "
+            "there was little evidence. ▶ beside the attack on one update: the most that any "
+            "attack on that step can have, which is proved.",
+            section="attacks",
+        )
+    for method in result.methods:
+        if method.spectra:
+            drawings[f"spectra-{method.method}"] = _draw(
+                lambda figure, method=method: _paint_spectra(figure, method),
+                size=(7.5, 3.0 * math.ceil(len(method.spectra) / 2)),
+                alt=f"Singular values of one update of {method.method}, clean, with noise and "
+                "restored.",
+                caption=f"{method.method}: one update's largest singular values. The clean ones "
+                "are computed without noise: no guarantee covers them.",
+                section="projection",
+            )
+    return drawings
+
+
+def _projection(result: Assessment) -> dict[str, Drawing]:
+    """Laws of the injected noise beside what was measured."""
     drawings: dict[str, Drawing] = {}
-
-    def draw(
-        name: str, alt: str, size: tuple[float, float], paint: Callable[[Figure], object]
-    ) -> None:
-        with mpl.rc_context(_SETTINGS):
-            figure = Figure(figsize=size, layout="constrained")
-            paint(figure)
-            files = {}
-            for kind in ("svg", "png"):
-                buffer = io.BytesIO()
-                metadata = {"Date": None} if kind == "svg" else None
-                figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-                files[kind] = buffer.getvalue()
-        drawings[name] = Drawing(files["svg"], files["png"], alt)
-
     projected = [method for method in result.methods if method.layers]
-    height = 1.6 + 0.22 * max((len(method.layers) for method in projected), default=0)
+    height = 1.8 + 0.22 * max((len(method.layers) for method in projected), default=0)
     if projected:
-        draw(
-            "noise-ratio",
-            "Measured over predicted noise energy for every layer and method; one is exact.",
-            (7.5, height),
+        drawings["noise-ratio"] = _draw(
             lambda figure: plot_noise_ratio(result, figure.add_subplot()),
+            size=(7.5, height + 0.15 * len(projected)),
+            alt="Measured over predicted noise energy for every layer and method; one is exact.",
+            caption="The energy of the injected noise N = G(AᵀA − I), measured over predicted by "
+            "its exact law. Filled: over fresh draws of A, with bars of two standard errors. "
+            "Hollow: with the A of training. LoRA-FA keeps one A, a single draw, which scatters; "
+            "LoRA trains its A, which then follows the gradients and may leave the prediction "
+            "for good.",
+            section="projection",
+        )
+        drawings["distances"] = _draw(
+            lambda figure: plot_distances(projected[0], figure.add_subplot()),
+            size=(7.5, height),
+            alt="Total variation between the noise and a Gaussian for every layer: an entry, its "
+            "proved bound, a row and the whole matrix.",
+            caption=f"{projected[0].method}: how far the noise is from a Gaussian. An entry comes "
+            "close as the rank grows, never as the layer widens; a whole row stays far, and two "
+            "non-zero rows or more are told apart surely, so no Gaussian mechanism can be read "
+            "off.",
+            section="projection",
         )
     for method in projected:
         layers = _spread(method.layers)
         rows = math.ceil(len(layers) / 3)
-        draw(
-            f"quantiles-{method.method}",
-            f"Quantiles of one noise entry a layer against its exact law and a Gaussian, for "
-            f"{method.method}.",
-            (7.5, 2.6 * rows),
+        drawings[f"quantiles-{method.method}"] = _draw(
             lambda figure, layers=layers, rows=rows: _paint_quantiles(figure, layers, rows),
-        )
-    if projected:
-        draw(
-            "distances",
-            "Total variation between the noise and a Gaussian for every layer: an entry, its proved "
-            "bound, a row and the whole matrix.",
-            (7.5, height),
-            lambda figure: plot_distances(projected[0], figure.add_subplot()),
+            size=(7.5, 2.6 * rows),
+            alt="Quantiles of one noise entry a layer against its exact law and a Gaussian, for "
+            f"{method.method}.",
+            caption=f"{method.method}: one noise entry a layer over fresh draws of A. Dots on the "
+            "line: the exact law holds. The dashed line is a Gaussian of the same variance; it "
+            "leaves the dots in the tails.",
+            section="projection",
         )
     if any(method.dynamics for method in result.methods):
-        draw(
-            "dynamics",
-            "Relative gap between the weight change of plain SGD and the linearised prediction.",
-            (7.5, height),
+        drawings["dynamics"] = _draw(
             lambda figure: plot_dynamics(result, figure.add_subplot()),
+            size=(7.5, max(height, 2.6)),
+            alt="Relative gap between the weight change of plain SGD and the linearised "
+            "prediction.",
+            caption="How far the weight change of plain SGD is from −ηs²ΣG·AᵀA. LoRA-FA and FLoRA "
+            "follow it to rounding; LoRA does as far as A stays where it was.",
+            section="projection",
         )
-    draw(
-        "training",
-        "Training loss against the step, and held-out results after every epoch.",
-        (7.5, 3.2),
-        lambda figure: plot_training(result, *figure.subplots(1, 2)),
-    )
     return drawings
+
+
+def _draw(
+    paint: Callable[[Figure], object],
+    *,
+    size: tuple[float, float],
+    alt: str,
+    caption: str,
+    section: Section,
+) -> Drawing:
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure)
+        figure.draw_without_rendering()  # lays it out, once for all three files
+        figure.set_layout_engine("none")
+        files = {}
+        for kind, metadata in _METADATA.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            files[kind] = buffer.getvalue()
+    return Drawing(**files, alt=alt, caption=caption, section=section)
 
 
 def plot_noise_ratio(result: Assessment, ax: Axes) -> Axes:
     """Measured over predicted noise energy, a layer a line; bars are ±2 standard errors."""
     projected = [method for method in result.methods if method.layers]
     for index, method in enumerate(projected):
-        colour, marker, _ = STYLES[index % len(STYLES)]
+        colour, marker, _ = series(index)
+        name = figure_label(method.method)
         places = [_place(method.layers, i, index, len(projected)) for i in _rows(method)]
         ax.errorbar(
             [layer.fresh_ratio for layer in method.layers],
@@ -137,7 +260,7 @@ def plot_noise_ratio(result: Assessment, ax: Axes) -> Axes:
             fmt=marker,
             color=colour,
             markersize=4,
-            label=f"{method.method}: {method.layers[0].entry.draws:,} fresh draws of A",
+            label=f"{name}: {method.layers[0].entry.draws:,} fresh draws of A",
         )
         ax.plot(
             [layer.training_ratio for layer in method.layers],
@@ -146,7 +269,7 @@ def plot_noise_ratio(result: Assessment, ax: Axes) -> Axes:
             color=colour,
             markerfacecolor="white",
             markersize=5,
-            label=f"{method.method}: in training",
+            label=f"{name}: in training",
         )
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_xlabel("noise energy ‖G(AᵀA − I)‖², measured / predicted")
@@ -162,7 +285,7 @@ def plot_quantiles(layer: LayerNoise, ax: Axes, title: str | None = None) -> Axe
     ax.plot([low, high], [low, high], color="black", linewidth=0.8, label="exact law")
     ax.plot(entry.expected, entry.normal, "--", color="#c8553d", linewidth=1.2, label="Gaussian")
     ax.plot(entry.expected, entry.observed, ".", color="#1b4f8a", markersize=3.5, label="drawn")
-    ax.set_title(f"{title or layer.layer}, r = {layer.rank}", fontsize=8)
+    ax.set_title(f"{figure_label(title or layer.layer)}, r = {layer.rank}", fontsize=8)
     return ax
 
 
@@ -192,9 +315,10 @@ def plot_dynamics(result: Assessment, ax: Axes) -> Axes:
     for index, method in enumerate(result.methods):
         if not method.dynamics:
             continue
-        colour, marker, _ = STYLES[index % len(STYLES)]
+        colour, marker, _ = series(index)
+        name = figure_label(method.method)
         gaps = [max(layer.disagreement, 1e-9) for layer in method.dynamics]
-        ax.plot(gaps, range(len(gaps)), marker, color=colour, markersize=5, label=method.method)
+        ax.plot(gaps, range(len(gaps)), marker, color=colour, markersize=5, label=name)
     ax.set_xscale("log")
     first = next(method for method in result.methods if method.dynamics)
     ax.set_xlabel(
@@ -209,24 +333,53 @@ def plot_dynamics(result: Assessment, ax: Axes) -> Axes:
 def plot_training(result: Assessment, left: Axes, right: Axes) -> tuple[Axes, Axes]:
     """Training loss, smoothed over 20 steps, and the held-out result after each epoch."""
     for index, method in enumerate(result.methods):
-        colour, marker, line = STYLES[index % len(STYLES)]
+        colour, marker, line = series(index)
         losses = method.curve.losses
         window = max(1, min(20, len(losses)))
         smooth = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
         steps = range(window, len(losses) + 1)
-        left.plot(steps, smooth, line, color=colour, label=method.method)
+        left.plot(steps, smooth, linestyle=line, color=colour, label=figure_label(method.method))
         scores = method.curve.scores
         shown = [s.loss if s.accuracy is None else 100 * s.accuracy for s in scores]
         epochs = range(1, len(shown) + 1)
-        right.plot(epochs, shown, line, marker=marker, color=colour, label=method.method)
+        right.plot(epochs, shown, marker, linestyle=line, color=colour)
     left.set_xlabel("step")
     left.set_ylabel("training loss, nats")
     causal = result.config.task == "causal-lm"
     right.set_xlabel("epoch")
+    left.set_xlim(left=0)
     right.set_ylabel("held-out loss, nats" if causal else "held-out accuracy, %")
     right.set_xticks(range(1, max(len(m.curve.scores) for m in result.methods) + 1))
-    left.legend(frameon=False)
+    left.legend(frameon=False, fontsize=7)
     return left, right
+
+
+def _paint_attacks(figure: Figure, methods: list[MethodResult], rows: int) -> None:
+    axes = figure.subplots(rows, min(2, len(methods)), squeeze=False).ravel()
+    for ax, method in zip(axes, methods, strict=False):
+        plot_attacks(method, ax)
+    for ax in axes[len(methods) :]:
+        ax.set_axis_off()
+    # One legend for all panels; only those of private methods have the proved line.
+    found = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        found.values(), found.keys(), loc="outside upper left", ncols=3, frameon=False, fontsize=7
+    )
+
+
+def _paint_spectra(figure: Figure, method: MethodResult) -> None:
+    rows = math.ceil(len(method.spectra) / 2)
+    axes = figure.subplots(rows, min(2, len(method.spectra)), squeeze=False).ravel()
+    names = short_names([layer.layer for layer in method.spectra])
+    for ax, layer, name in zip(axes, method.spectra, names, strict=False):
+        plot_spectrum(layer, ax, f"{name}: cosine to the clean one {layer.cosine_after:.2f}")
+    for ax in axes[len(method.spectra) :]:
+        ax.set_axis_off()
+    axes[0].legend(frameon=False, fontsize=7)
 
 
 def _paint_quantiles(figure: Figure, layers: list[LayerNoise], rows: int) -> None:
@@ -259,7 +412,8 @@ def _place(layers: tuple[LayerNoise, ...], row: int, index: int, count: int) -> 
 
 
 def _name_layers(ax: Axes, layers: Sequence[LayerNoise | LayerDynamics]) -> None:
-    ax.set_yticks(range(len(layers)), short_names([x.layer for x in layers]), fontsize=7)
+    names = [figure_label(name) for name in short_names([x.layer for x in layers])]
+    ax.set_yticks(range(len(layers)), names, fontsize=7)
     ax.set_ylabel("layer")
     ax.set_ylim(-0.6, len(layers) - 0.4)
     ax.invert_yaxis()

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_privacy._notebook import frame
+from lora_privacy.assess.cells import NONE, at_least, at_most, number, rate_cell, score_cell
+from lora_privacy.assess.escaping import markdown_cell
 from lora_privacy.noise.shapes import JL_FAILURE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lora_privacy.assess.result import Assessment, MethodResult
+    from lora_privacy.dp import ImpliedPrivacy
     from lora_privacy.noise import LawsRow
 
-__all__ = ["Table", "laws_text", "layer_table", "main_table", "number", "short_names"]
+__all__ = [
+    "Table",
+    "absent",
+    "audited_cell",
+    "implied_cell",
+    "laws_text",
+    "main_table",
+    "membership_cell",
+    "number",
+    "price_cell",
+    "proved_cell",
+    "short_names",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +41,9 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown."""
-        lines = [self.headings, tuple("---" for _ in self.headings), *self.rows]
+        """The table in GitHub's Markdown; all text is shown as it is, on one line."""
+        head, *body = (tuple(map(markdown_cell, row)) for row in (self.headings, *self.rows))
+        lines = [head, tuple("---" for _ in head), *body]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def to_pandas(self) -> Any:  # noqa: ANN401  (pandas is no dependency)
@@ -35,126 +51,72 @@ class Table:
         return frame([dict(zip(self.headings, row, strict=True)) for row in self.rows])
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number to ``digits`` significant digits, with ``∞`` for infinity.
-
-    >>> number(12345.678), number(0.000123), number(float("inf")), number(1.0)
-    ('12,300', '1.23e-04', '∞', '1.00')
-    """
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if value == 0:
-        return "0"
-    scientific = f"{value:.{digits - 1}e}"  # rounds first, so that 0.9996 counts as 1.00
-    power = int(scientific.split("e")[1])
-    if power < -3:
-        return scientific
-    return f"{float(scientific):,.{max(0, digits - 1 - power)}f}"
-
-
 def main_table(result: Assessment) -> Table:
-    """One row a method: what it scored and cost, what the noise did, what is proved."""
+    """One row a method, narrow enough for a terminal; privacy comes first.
+
+    The page has more: ``lora_privacy.assess.report_tables``.
+    """
     causal = result.config.task == "causal-lm"
     headings = (
         "method",
-        "held-out loss, nats" if causal else "held-out accuracy",
-        "trained numbers",
-        "seconds a step",
-        "peak memory",
-        "noise measured / predicted",
-        "entry TV",
-        "row TV",
-        "matrix TV",
-        "drift of A",
-        "SGD: ΔW off −ηs²ΣGAᵀA",
-        "proved ε",
-        "implied ε (heuristic)",
+        "proved ε ≤",
+        "attacks show ε ≥",
+        "RMIA AUC",
+        "held-out loss, nats" if causal else "held-out accuracy, %",
+        f"noise for ε ≤ {result.config.epsilon:g}",
+        "implied ε (a reading, no guarantee)",
     )
-    return Table(headings, tuple(_row(method) for method in result.methods))
-
-
-def _row(method: MethodResult) -> tuple[str, ...]:
-    score = method.curve.scores[-1]
-    if score.accuracy is None:
-        shown = f"{score.loss:.4f}"
-    else:
-        shown = f"{100 * score.accuracy:.1f} % ± {196 * (score.accuracy_error or 0):.1f}"
-    memory = method.curve.peak_bytes
-    return (
-        method.method,
-        shown,
-        f"{method.trained_parameters:,}",
-        number(method.curve.wall_seconds / method.curve.steps, 2),
-        "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB",
-        _pooled_ratio(method),
-        number(_median([layer.tv_median for layer in method.layers])) if method.layers else "–",
-        number(_median([layer.joint_tv for layer in method.layers])) if method.layers else "–",
-        number(max(layer.matrix_tv for layer in method.layers)) if method.layers else "–",
-        f"{100 * _median(list(method.drift.values())):.1f} %" if method.drift else "–",
-        f"{100 * _median([d.disagreement for d in method.dynamics]):.2g} %"
-        if method.dynamics
-        else "–",
-        "none" if math.isinf(method.proved.epsilon) else number(method.proved.epsilon),
-        "–" if method.implied is None else number(method.implied.epsilon),
-    )
-
-
-def _pooled_ratio(method: MethodResult) -> str:
-    """Mean over layers of the fresh-draw ratio, ± 2 standard errors; layers draw separately."""
-    if not method.layers:
-        return "–"
-    count = len(method.layers)
-    mean = sum(layer.fresh_ratio for layer in method.layers) / count
-    error = math.sqrt(sum(layer.fresh_standard_error**2 for layer in method.layers)) / count
-    return f"{mean:.4f} ± {2 * error:.4f}"
-
-
-def layer_table(method: MethodResult) -> Table:
-    """One row a layer: shapes, noise ratios, law, distances and dynamics."""
-    headings = (
-        "layer",
-        "n × m",
-        "r",
-        "law of A",
-        "rms ‖G‖",
-        "ratio in training",
-        "A's seen",
-        "ratio, fresh A",
-        "spread of one draw",
-        "law gap / band",
-        "entry TV, median",
-        "entry TV, largest",
-        "its proved bound",
-        "row TV",
-        "matrix TV",
-        "drift of A",
-        "SGD: ΔW off −ηs²ΣGAᵀA",
-    )
-    gaps = {layer.layer: layer.disagreement for layer in method.dynamics}
-    names = short_names([layer.layer for layer in method.layers])
-    rows = [
+    rows = tuple(
         (
-            name,
-            f"{layer.out_features} × {layer.in_features}",
-            str(layer.rank),
-            layer.law,
-            number(layer.gradient_norm),
-            number(layer.training_ratio),
-            str(layer.projections),
-            f"{layer.fresh_ratio:.4f} ± {2 * layer.fresh_standard_error:.4f}",
-            number(layer.one_draw_spread, 2),
-            f"{layer.entry.distance:.4f} / {layer.entry.band:.4f}",
-            number(layer.tv_median),
-            number(layer.tv_largest),
-            number(layer.tv_bound),
-            number(layer.joint_tv),
-            number(layer.matrix_tv),
-            f"{100 * method.drift[layer.layer]:.2g} %" if layer.layer in method.drift else "–",
-            f"{100 * gaps[layer.layer]:.2g} %" if layer.layer in gaps else "–",
+            method.method,
+            proved_cell(method),
+            audited_cell(method, result),
+            membership_cell(method, result, "RMIA", "auc"),
+            score_cell(method.curve.scores[-1]),
+            price_cell(method),
+            implied_cell(method.implied),
         )
-        for name, layer in zip(names, method.layers, strict=True)
-    ]
-    return Table(headings, tuple(rows))
+        for method in result.methods
+    )
+    return Table(headings, rows)
+
+
+def proved_cell(method: MethodResult) -> str:
+    """The proved ε, rounded up, or ``none``."""
+    return "none" if math.isinf(method.proved.epsilon) else at_most(method.proved.epsilon)
+
+
+def price_cell(method: MethodResult) -> str:
+    """The noise multiplier that would buy the target ε, rounded up."""
+    return "out of reach" if method.price is None else at_most(method.price.noise_multiplier, 4)
+
+
+def implied_cell(reading: ImpliedPrivacy | None) -> str:
+    """The ε that an accountant would print for the injected noise, as if it were Gaussian."""
+    return NONE if reading is None else number(reading.epsilon)
+
+
+def audited_cell(method: MethodResult, result: Assessment) -> str:
+    """The lower bound on ε from membership attacks, rounded down."""
+    if method.membership is None:
+        return absent(result)
+    found = method.membership.report.epsilon
+    return "none" if isinstance(found, str) else at_least(found.epsilon)
+
+
+def membership_cell(
+    method: MethodResult, result: Assessment, attack: str, rate: Literal["auc", "tpr"]
+) -> str:
+    """One rate of one membership attack, with its limits."""
+    if method.membership is None:
+        return absent(result)
+    rates = method.membership.report.rates.get(attack)
+    return NONE if rates is None else rate_cell(rates[rate == "tpr"])
+
+
+def absent(result: Assessment) -> str:
+    """Why there is nothing of a membership attack."""
+    return "not finished" if result.config.references else "not run"
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -209,11 +171,3 @@ def laws_text(rows: Sequence[LawsRow]) -> str:
         "from below. Laws and\ndistances, no guarantee. Two rows or more are at distance 1 from "
         "independent Gaussian noise\nat every rank."
     )
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) / 2
