@@ -311,8 +311,9 @@ def test_what_cannot_work_is_refused_when_it_is_loaded(
         load_model(AssessConfig(model=folder, task=task, max_length=16), 2)
 
 
-def test_pickled_weights_are_refused(save: Save) -> None:
-    """Such a file can run code when it is read; this one would, and must not."""
+@pytest.mark.parametrize("harmful", [True, False])
+def test_pickled_weights_are_refused(save: Save, harmful: bool) -> None:
+    """Such a file can run code when it is read; one of these would, and must not."""
     folder = Path(save("BertModel", _bert()))
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -321,7 +322,7 @@ def test_pickled_weights_are_refused(save: Save) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (folder / "ran",)
 
-    torch.save({**weights, "trap": Trap()}, folder / "pytorch_model.bin")
+    torch.save({**weights, "trap": Trap()} if harmful else weights, folder / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"not stored as safetensors.*save_pretrained"):
         load_model(AssessConfig(model=str(folder), max_length=16), 2)
     assert not (folder / "ran").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 from os import fspath
 from pathlib import Path
@@ -35,6 +36,10 @@ _LABEL_DEFAULT = "label"
 _USUAL = frozenset({*(name for row in _TEXT_DEFAULTS for name in row), _LABEL_DEFAULT})
 _TICKETS = "tickets"
 _DEFAULT_TICKETS = 2_000
+# Names that people give the split that the hub calls validation.
+_HELD_OUT = ("validation", "valid", "val", "dev")
+# What the hub appends to a split that is stored in one file.
+_SHARD = re.compile(r"-0+-of-0+1$")
 
 
 def load(
@@ -53,10 +58,12 @@ def load(
 
     Args:
         source: ``"tickets"`` for the synthetic default; a file (``.csv``, ``.tsv``, ``.json``,
-            ``.jsonl``, or another delimited text file); a folder that holds one file per split;
-            or a hub id such as ``"stanfordnlp/sst2"`` or ``"nyu-mll/glue:cola"`` (id:config).
+            ``.jsonl``, ``.parquet``, or another delimited text file); a folder that holds one
+            file per split; or a hub id such as ``"stanfordnlp/sst2"`` or
+            ``"nyu-mll/glue:cola"`` (id:config).
         split: Split of a hub id or of the tickets (``"train"`` when None), or the name without
-            suffix of the file to read in a folder. One file is read whole, whatever the split.
+            suffix of the file to read in a folder (``validation`` also finds ``valid``, ``val`` or
+            ``dev``). One file is read whole, whatever the split.
         text_columns: The column with the text, or two columns for pairs: names, or numbers from
             0. None looks for usual names such as ``text``, ``sentence`` or ``mr`` with ``ref``.
         label_column: The column with the class. None means no labels; only when
@@ -73,8 +80,10 @@ def load(
 
     Raises:
         DataError: Missing or empty source, not UTF-8, NUL bytes, rows of unequal width, missing
-            column, empty texts, missing labels, one class only, or a label not in ``classes``.
-        MissingPackageError: A hub id without the package ``datasets``.
+            column, empty texts, missing labels, one class only, or a label not in ``classes``;
+            with the first lines where it is so.
+        MissingPackageError: A hub id without the package ``datasets``, or Parquet without
+            ``pyarrow``.
         ValueError: Arguments that contradict each other.
     """
     if limit is not None:
@@ -163,7 +172,7 @@ def _texts(table: _files.Table, wanted: str | int) -> tuple[str, ...]:
         raise DataError(
             f"{table.where}: column {name!r} must hold text, but {table.at(wrong)} "
             f"{'holds' if len(wrong) == 1 else 'hold'} something else or nothing "
-            f"({values[wrong[0]]!r})."
+            f"({_files.short(values[wrong[0]])})."
         )
     empty = [i for i, value in enumerate(values) if not value.strip()]
     if empty:
@@ -172,11 +181,15 @@ def _texts(table: _files.Table, wanted: str | int) -> tuple[str, ...]:
             f"({table.at(empty)}). Remove these rows, so that what is counted is what is trained "
             "on, or choose another column."
         )
+    _refuse_surrogates(table, values)
+    return values
+
+
+def _refuse_surrogates(table: _files.Table, values: Sequence[str]) -> None:
+    """Escapes in JSON can spell half of a character, which no tokenizer and no file takes."""
     for i, value in enumerate(values):
-        # Escapes in JSON can spell half of a character, which no tokenizer takes.
         if not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise DataError(f"{table.where}: {table.at([i])} holds an unpaired surrogate escape.")
-    return values
 
 
 def _labels(
@@ -188,15 +201,15 @@ def _labels(
     ]
     hub_names = table.class_names.get(name)
     if hub_names is not None:  # numbers on the hub stand for names; −1 marks a hidden label
-        values = [
-            hub_names[int(v)] if v.lstrip("-").isdigit() and int(v) >= 0 else "" for v in values
-        ]
+        known = {str(i): name for i, name in enumerate(hub_names)}
+        values = [known.get(value, "") for value in values]
     missing = [i for i, value in enumerate(values) if not value]
     if missing:
         raise DataError(
             f"{table.where}: column {name!r} has no usable label in {len(missing)} of "
             f"{len(values)} rows ({table.at(missing)}). A label is a text or a whole number."
         )
+    _refuse_surrogates(table, values)
     found = set(values)
     if classes is None:
         if len(found) > max(50, len(values) // 2):
@@ -206,23 +219,23 @@ def _labels(
             )
         if table.header_guessed and values.count(values[0]) == 1 and len(values) >= 10:
             raise DataError(
-                f"{table.where}: the label {values[0]!r} in line 1 occurs nowhere else, which "
-                "looks like a header. Pass header=True or header=False."
+                f"{table.where}: the label {_files.short(values[0])} in line 1 occurs nowhere "
+                "else, which looks like a header. Pass header=True or header=False."
             )
         if len(found) == 1:
             raise DataError(
-                f"{table.where}: all {len(values)} rows have the label {values[0]!r}; "
+                f"{table.where}: all {len(values)} rows have the label {_files.short(values[0])}; "
                 "classification needs two classes. Is it the right column?"
             )
-        whole = all(re.fullmatch(r"-?\d+", value) for value in found)
+        whole = all(re.fullmatch(r"-?\d{1,18}", value) for value in found)
         classes = sorted(found, key=int) if whole else sorted(found)
         if hub_names is not None:
             classes = list(hub_names)
     elif unseen := found - set(classes):
         at = [i for i, value in enumerate(values) if value in unseen]
         raise DataError(
-            f"{table.where}: label {values[at[0]]!r} ({table.at(at)}) is none of the classes "
-            f"{_shown(classes)}."
+            f"{table.where}: label {_files.short(values[at[0]])} ({table.at(at)}) is none of "
+            f"the classes {_shown(classes)}."
         )
     number = {value: i for i, value in enumerate(classes)}
     return tuple(number[value] for value in values), classes
@@ -230,9 +243,14 @@ def _labels(
 
 def _local_path(source: str) -> Path | None:
     """The path that ``source`` means, or None for a hub id or the tickets."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            path.name.encode()
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        # Longer than a path can be, the home of nobody, or a name that cannot be written down.
+        raise DataError(f"The path {_files.short(source)} cannot be used: {error}.") from None
     if (
         path.suffix.lower() in _files.SUFFIXES
         or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)
@@ -254,7 +272,10 @@ def _file_of(path: Path, split: str | None) -> Path:
     if not path.is_dir():
         return path
     there = sorted(p for p in path.iterdir() if p.suffix.lower() in _files.SUFFIXES)
-    match = [p for p in there if p.stem == split]
+    names = [_SHARD.sub("", p.stem) for p in there]
+    match = [p for p, name in zip(there, names, strict=True) if name == split]
+    if not match and split in _HELD_OUT:
+        match = [p for p, name in zip(there, names, strict=True) if name in _HELD_OUT]
     if len(match) != 1:
         raise DataError(
             f"{path.name} is a folder: name one of its files by split=… (without suffix); "
@@ -274,10 +295,13 @@ def _hub_table(source: str, split: str) -> tuple[_files.Table, str]:
     name, _, config = source.partition(":")
     try:  # the package itself obeys HF_HUB_OFFLINE and then uses its cache only
         rows = hub.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Of many kinds: its own, those of the hub, of arrow, and of each format.
+        offline = [n for n in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(n)]
         raise DataError(
-            f"The hub data set {source!r} (split {split!r}) cannot be loaded: {error} "
-            "A local file is given by its path with suffix."
+            f"The hub data set {source!r} (split {split!r}) cannot be loaded: "
+            f"{str(error).rstrip('.')}. A local file is given by its path with suffix."
+            + (f" {offline[0]} is set: only what was fetched before is used." if offline else "")
         ) from error
     if len(rows) == 0:
         raise DataError(f"{source} (split {split!r}) is empty.")
@@ -294,4 +318,6 @@ def _hub_table(source: str, split: str) -> tuple[_files.Table, str]:
 
 
 def _shown(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "") or "nothing"
+    return (
+        ", ".join(map(_files.short, names[:12])) + (", …" if len(names) > 12 else "") or "nothing"
+    )
