@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lora_privacy.assess import AssessConfig
 from lora_privacy.assess.batches import Batch, TokenisedDataset
 from lora_privacy.assess.models import load_model
-from lora_privacy.assess.training import _peak_memory, _reset_peak_memory
+from lora_privacy.assess.training import peak_memory, reset_peak_memory
 from lora_privacy.core import adapt
 from lora_privacy.data import TextDataset, load
 from lora_privacy.training import TargetEpsilon, make_private
@@ -130,7 +130,7 @@ def run(
         privacy=TargetEpsilon(options.epsilon, epochs=options.epochs), delta=DELTA,
         physical_batch_size=64,
     )  # fmt: skip
-    _reset_peak_memory()
+    reset_peak_memory()
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(options.epochs):
         bar = tqdm(private.data_loader, total=None, desc=f"{method} {seed}", leave=False)
@@ -138,7 +138,7 @@ def run(
             functional.cross_entropy(model(**batch.inputs()), batch.labels).backward()
             optimizer.step()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - started
-    peak = _peak_memory()
+    peak = peak_memory()
     model.eval()
     right = 0
     with torch.no_grad():

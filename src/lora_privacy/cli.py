@@ -44,10 +44,20 @@ def main() -> None:
 @app.command()
 def assess(
     output: Annotated[Path, typer.Option(help="Folder for the report.")],
-    model: Annotated[str, typer.Option(help="minilm, smollm2, a folder or a hub id.")] = "minilm",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of settings, one a line; options given beside it win."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="minilm (default), smollm2, a folder or a hub id.")
+    ] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the model.")] = None,
-    task: Annotated[str, typer.Option(help="classification or causal-lm.")] = "classification",
-    train: Annotated[str, typer.Option(help="tickets, a file or a hub id.")] = "tickets",
+    task: Annotated[
+        str | None, typer.Option(help="classification (default) or causal-lm.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="tickets (default), a file or a hub id.")
+    ] = None,
     dev: Annotated[str | None, typer.Option(help="Held-out file or hub id.")] = None,
     text_column: Annotated[
         list[str] | None, typer.Option(help="Name, or position from 0; twice for pairs.")
@@ -57,81 +67,140 @@ def assess(
         bool | None, typer.Option("--header/--no-header", help="Does the first line name columns?")
     ] = None,
     delimiter: Annotated[str | None, typer.Option(help="Column separator.")] = None,
-    train_size: Annotated[int, typer.Option(help="Examples at most; 0 takes all.")] = 2_000,
-    dev_size: Annotated[int, typer.Option(help="Held-out examples at most; 0: all.")] = 1_000,
-    method: Annotated[
-        list[str] | None, typer.Option(help="lora, lora-fa or flora; repeat for several.")
+    train_size: Annotated[
+        int | None, typer.Option(help="Examples at most, 2,000 by default; 0 takes all.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 8,
-    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank if absent.")] = None,
+    dev_size: Annotated[
+        int | None, typer.Option(help="Held-out examples at most, 1,000 by default; 0 takes all.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="full, lora, lora-fa, flora, dp-sgd, dp-lora, dp-lora-fa or dp-flora; private ones "
+            "perhaps with +scaling or +denoise; repeat for several. By default lora, flora, dp-lora "
+            "and dp-flora."
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of every adapter; 8.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank.")] = None,
     law: Annotated[
-        str, typer.Option(help="Law of A: gaussian, uniform, rademacher or orthonormal.")
-    ] = "gaussian",
+        str | None,
+        typer.Option(help="Law of A: gaussian (default), uniform, rademacher or orthonormal."),
+    ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Module names to adapt; queries and values if absent.")
+        list[str] | None, typer.Option(help="Module names to adapt; queries and values.")
     ] = None,
     last_layers: Annotated[
-        int | None, typer.Option(help="Adapt the last so many blocks over a cached prefix.")
+        int | None, typer.Option(help="Adapt the last so many blocks over a cached prefix; all.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="AdamW on factors and head.")] = 1e-3,
-    dense_learning_rate: Annotated[float, typer.Option(help="AdamW on FLoRA's weights.")] = 1e-4,
-    max_length: Annotated[int, typer.Option(help="Tokens an example is cut to.")] = 64,
-    seed: Annotated[int, typer.Option(help="Written into the report.")] = 0,
-    probe_every: Annotated[int, typer.Option(help="Measure every so many steps.")] = 10,
-    noise_draws: Annotated[int, typer.Option(help="Fresh draws of A a layer.")] = 2_000,
-    dynamics_steps: Annotated[int, typer.Option(help="SGD steps of the check; 0: none.")] = 20,
-    dynamics_learning_rate: Annotated[float, typer.Option(help="Its rate.")] = 0.05,
-    delta: Annotated[float, typer.Option(help="δ of the implied reading.")] = 1e-5,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; 3.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step; 32.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW on factors and head; 1e-3.")
+    ] = None,
+    dense_learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW on the dense weights of flora and full; 1e-4.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens an example is cut to; 64.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Written into the report; 0.")] = None,
+    probe_every: Annotated[
+        int | None, typer.Option(help="Measure every so many steps; 10.")
+    ] = None,
+    noise_draws: Annotated[
+        int | None, typer.Option(help="Fresh draws of A a layer; 2,000.")
+    ] = None,
+    dynamics_steps: Annotated[
+        int | None, typer.Option(help="SGD steps of the check of the dynamics; 20, 0 for none.")
+    ] = None,
+    dynamics_learning_rate: Annotated[float | None, typer.Option(help="Its rate; 0.05.")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ of every ε; 1e-5.")] = None,
     distortion: Annotated[
-        float | None, typer.Option(help="τ of the implied reading; the honest one if absent.")
+        float | None, typer.Option(help="τ of the implied reading; the honest one.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the finished methods.")] = False,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Target ε of the private methods; 8.")
+    ] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Their clipping norm; 1.")] = None,
+    private_epochs: Annotated[
+        int | None, typer.Option(help="Their passes over the data; epochs.")
+    ] = None,
+    private_batch_size: Annotated[
+        int | None, typer.Option(help="Their expected records a step; 256.")
+    ] = None,
+    private_learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW of dp-lora and dp-lora-fa; 1e-3.")
+    ] = None,
+    private_dense_learning_rate: Annotated[
+        float | None, typer.Option(help="SGD of dp-sgd and dp-flora; 0.05.")
+    ] = None,
+    references: Annotated[
+        int | None,
+        typer.Option(help="Reference models a method for membership attacks; 4, 0: none."),
+    ] = None,
+    audit_records: Annotated[
+        int | None, typer.Option(help="Records of these attacks at most; 1,000, 0 for all.")
+    ] = None,
+    secrets: Annotated[int | None, typer.Option(help="Planted secrets; 8, 0 for none.")] = None,
+    alternatives: Annotated[
+        int | None, typer.Option(help="Other secrets that each is ranked among; 100.")
+    ] = None,
+    update_games: Annotated[
+        int | None, typer.Option(help="Games of the attack on one update; 300, 0 for none.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that train reference models.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is finished.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
-    """Fine-tune by LoRA, LoRA-FA and FLoRA, measure the injected noise, and report."""
+    """Fine-tune by several methods, measure the injected noise, attack each model, and report."""
+    given = dict(locals())
     with _named_errors(debug=debug, folder=output):
         from lora_privacy.assess import AssessConfig
         from lora_privacy.assess import assess as run
-        from lora_privacy.assess.config import METHODS
+        from lora_privacy.assess.config import read_settings
         from lora_privacy.assess.tables import main_table
 
-        config = AssessConfig(
-            model=model,
-            gguf_file=gguf_file,
-            task=task,  # pyright: ignore[reportArgumentType]  (checked by the config)
-            train=train,
-            dev=dev,
-            text_columns=tuple(_column(c) for c in text_column) if text_column else None,
-            label_column=None if label_column is None else _column(label_column),
-            header=header,
-            delimiter=delimiter,
-            train_size=train_size or None,
-            dev_size=dev_size or None,
-            methods=tuple(method) if method else METHODS,  # pyright: ignore[reportArgumentType]
-            rank=rank,
-            alpha=alpha,
-            law=law,  # pyright: ignore[reportArgumentType]
-            targets=tuple(target) if target else None,
-            last_layers=last_layers,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            dense_learning_rate=dense_learning_rate,
-            max_length=max_length,
-            seed=seed,
-            probe_every=probe_every,
-            noise_draws=noise_draws,
-            dynamics_steps=dynamics_steps,
-            dynamics_learning_rate=dynamics_learning_rate,
-            delta=delta,
-            distortion=distortion,
+        for name in ("output", "config", "jobs", "resume", "overwrite", "debug"):
+            del given[name]
+        for option, field in (
+            ("method", "methods"),
+            ("target", "targets"),
+            ("text_column", "text_columns"),
+        ):
+            given[field] = given.pop(option)
+        if text_column:
+            given["text_columns"] = [_column(name) for name in text_column]
+        if label_column is not None:
+            given["label_column"] = _column(label_column)
+        settings = {} if config is None else read_settings(config)
+        settings |= {name: value for name, value in given.items() if value is not None}
+        for name in ("train_size", "dev_size", "audit_records"):
+            if settings.get(name) == 0:
+                settings[name] = None
+        result = run(
+            AssessConfig.from_dict(settings),
+            output,
+            resume=resume,
+            overwrite=overwrite,
+            n_jobs=jobs,
         )
-        result = run(config, output, resume=resume, overwrite=overwrite)
         typer.echo(main_table(result).markdown())
         typer.echo(f"\nreport: {output / 'report.html'}\nnumbers: {output / 'report.json'}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output folder of assess.")],
+    debug: Debug = False,
+) -> None:
+    """Render the report of an assessment again, from what its folder holds; nothing is trained."""
+    with _named_errors(debug=debug):
+        from lora_privacy.assess import Assessment
+
+        page = Assessment.load(folder).save(folder)
+        typer.echo(f"report: {page}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ __all__ = [
     "AttestationError",
     "BudgetSpentError",
     "CalibrationError",
+    "ConfigError",
     "ConvergenceError",
     "DataError",
     "FolderInUseError",
@@ -87,6 +88,10 @@ class ProbeError(LoraPrivacyError):
 
 class PrefixError(LoraPrivacyError):
     """A cached prefix does not fit the model, the batch or the example it is used for."""
+
+
+class ConfigError(LoraPrivacyError):
+    """A file of settings cannot be read, or names a setting that there is not."""
 
 
 class StalePrefixError(PrefixError):

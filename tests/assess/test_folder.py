@@ -30,7 +30,7 @@ def test_what_was_saved_is_found_on_resume_only(tmp_path: Path) -> None:
     fresh = _folder(tmp_path / "run", overwrite=True)
     with fresh.held():
         assert fresh.saved("lora") is None
-        assert not (tmp_path / "run" / "methods" / "lora.json").exists()
+        assert not (tmp_path / "run" / "methods" / "lora.training.json").exists()
 
 
 def test_methods_do_not_tell_runs_apart_but_settings_do(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_file_cut_short_counts_as_not_finished(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "run", resume=True)
     with folder.held():
         folder.save("lora", {"method": "lora", "x": list(range(100))})
-        whole = (tmp_path / "run" / "methods" / "lora.json").read_text()
-        (tmp_path / "run" / "methods" / "lora.json").write_text(whole[: len(whole) // 2])
+        whole = (tmp_path / "run" / "methods" / "lora.training.json").read_text()
+        (tmp_path / "run" / "methods" / "lora.training.json").write_text(whole[: len(whole) // 2])
         assert folder.saved("lora") is None
         assert json.loads(whole)["method"] == "lora"

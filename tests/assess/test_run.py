@@ -33,7 +33,15 @@ SMALL = {
     "noise_draws": 60,
     "dynamics_steps": 3,
     "max_length": 24,
+    "private_batch_size": 12,
+    "references": 4,
+    "secrets": 3,
+    "alternatives": 10,
+    "update_games": 20,
 }
+PLAIN = ("lora", "lora-fa", "flora")
+# For tests of what has no part in attacks.
+NO_ATTACKS = {**SMALL, "references": 0, "secrets": 0, "update_games": 0}
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -86,7 +94,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_all_methods_and_what_each_must_show(
     bert: str, tmp_path: Path, last_layers: int | None
 ) -> None:
-    config = AssessConfig(model=bert, last_layers=last_layers, **SMALL)
+    config = AssessConfig(model=bert, methods=PLAIN, last_layers=last_layers, **NO_ATTACKS)
     state = torch.random.get_rng_state()
     result = assess(config, tmp_path / "out")
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -117,7 +125,7 @@ def test_all_methods_and_what_each_must_show(
 
 def test_a_cached_prefix_changes_time_not_results(bert: str, tmp_path: Path) -> None:
     """Oracle: the same run without the cache, dropout being off in a BERT whose rates are 0."""
-    config = AssessConfig(model=bert, last_layers=1, methods=("lora",), **SMALL)
+    config = AssessConfig(model=bert, last_layers=1, methods=("lora",), **NO_ATTACKS)
     folder = Path(bert)
     settings = json.loads((folder / "config.json").read_text())
     quiet = tmp_path / "quiet"
@@ -126,10 +134,10 @@ def test_a_cached_prefix_changes_time_not_results(bert: str, tmp_path: Path) -> 
         (quiet / file.name).write_bytes(file.read_bytes())
     settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (quiet / "config.json").write_text(json.dumps(settings))
-    config = AssessConfig(model=str(quiet), last_layers=1, methods=("lora",), **SMALL)
+    config = AssessConfig(model=str(quiet), last_layers=1, methods=("lora",), **NO_ATTACKS)
     cached = assess(config, tmp_path / "a").methods[0].curve.losses
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "_prefix", lambda *_: None)
+        patch.setattr(run_module, "frozen_prefix", lambda *_: None)
         plain = assess(config, tmp_path / "b").methods[0].curve.losses
     assert cached == pytest.approx(plain, rel=1e-5)
 
@@ -150,7 +158,8 @@ def test_a_causal_model_with_conv1d(gpt2: str, tmp_path: Path) -> None:
         train=str(tmp_path / "text.tsv"),
         dev=str(tmp_path / "text.tsv"),
         text_columns=("text",),
-        **SMALL,
+        methods=PLAIN,
+        **NO_ATTACKS,
     )
     result = assess(config, tmp_path / "out")
     for method in result.methods:
@@ -161,7 +170,7 @@ def test_a_causal_model_with_conv1d(gpt2: str, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(bert: str, tmp_path: Path) -> None:
-    config = AssessConfig(model=bert, last_layers=1, **SMALL)
+    config = AssessConfig(model=bert, methods=PLAIN, last_layers=1, **NO_ATTACKS)
     calls = []
 
     def interrupted(*args: object, **options: object) -> object:
@@ -212,7 +221,7 @@ def test_bad_input_is_named(
     error: type[Exception],
     message: str,
 ) -> None:
-    config = AssessConfig(**{"model": bert, **SMALL, **changes})
+    config = AssessConfig(**{"model": bert, **NO_ATTACKS, **changes})
     with pytest.raises(error, match=message):
         assess(config, tmp_path / "out")
 

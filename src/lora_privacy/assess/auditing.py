@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ from lora_privacy.errors import DataError
 from lora_privacy.references import cite
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 __all__ = ["AuditConfig", "Game", "LeakageReport", "Scores", "audit", "read"]
@@ -222,8 +223,27 @@ class LeakageReport:
                 for name, (area, tpr) in self.rates.items()
             ],
             "epsilon": _record(self.epsilon),
+            "significance": self.significance,
+            "fpr": self.fpr,
             "records_left_out": self.left_out,
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` gave, checked again."""
+        return cls(
+            rates={
+                row["attack"]: (
+                    _restored(RateEstimate, row["auc"]),
+                    _restored(RateEstimate, row["tpr"]),
+                )
+                for row in data["attacks"]
+            },
+            epsilon=_restored(LeakageEstimate, data["epsilon"]),
+            significance=data["significance"],
+            fpr=data["fpr"],
+            left_out=data["records_left_out"],
+        )
 
     def text(self) -> str:
         """A Markdown table of the rates, then ε with what it rests on."""
@@ -456,3 +476,9 @@ def _record(estimate: RateEstimate | LeakageEstimate | str, name: str = "") -> d
         return {"reason": estimate}
     keys = [*estimate.references, *([_PAPERS[name]] if name in _PAPERS else [])]
     return {**estimate.to_dict(), "citations": [cite(key) for key in keys]}
+
+
+def _restored(kind: Any, record: dict[str, Any]) -> Any:  # noqa: ANN401 - an estimate, or a text
+    if "reason" in record:
+        return record["reason"]
+    return kind.from_dict({name: v for name, v in record.items() if name != "citations"})

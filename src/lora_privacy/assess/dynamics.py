@@ -26,8 +26,9 @@ from lora_privacy.core import (
 
 if TYPE_CHECKING:
     from lora_privacy.assess.batches import TokenisedDataset
-    from lora_privacy.assess.config import AssessConfig, Method
+    from lora_privacy.assess.config import AssessConfig
     from lora_privacy.core import Adapter
+    from lora_privacy.core.adapter import MethodName
 
 __all__ = ["LayerDynamics", "check_dynamics"]
 
@@ -55,7 +56,7 @@ class LayerDynamics:
 
 
 def check_dynamics(
-    model: nn.Module, train: TokenisedDataset, config: AssessConfig, *, method: Method
+    model: nn.Module, train: TokenisedDataset, config: AssessConfig, *, method: MethodName
 ) -> tuple[LayerDynamics, ...]:
     """Take ``dynamics_steps`` SGD steps on the adapters alone and compare, a layer.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +54,25 @@ class RunFolder:
         finally:
             self._lock.unlink(missing_ok=True)
 
-    def saved(self, method: str) -> dict[str, Any] | None:
-        """The finished method of an earlier run, or None; a file cut short counts as none."""
+    def saved(self, method: str, part: str = "training") -> dict[str, Any] | None:
+        """A finished part of a method of an earlier run, or None, also if its file is damaged."""
         if not self._resume:
             return None
         try:
-            return json.loads(self._file(method).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            return json.loads(self._file(method, part).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return None
 
-    def save(self, method: str, data: dict[str, Any]) -> None:
-        """Keep a finished method."""
-        write_json(self._file(method), data)
+    def save(self, method: str, data: dict[str, Any], part: str = "training") -> None:
+        """Keep a finished part of a method."""
+        write_json(self._file(method, part), data)
 
-    def _file(self, method: str) -> Path:
-        return self.path / "methods" / f"{method}.json"
+    def shadows(self, method: str) -> Path:
+        """Folder of the shadow models of ``method``, which keeps itself."""
+        return self.path / "shadows" / method
+
+    def _file(self, method: str, part: str) -> Path:
+        return self.path / "methods" / f"{method}.{part}.json"
 
     def _take(self) -> None:
         for _ in range(2):
@@ -119,7 +124,9 @@ class RunFolder:
         if self._overwrite and not (self._resume and self._same(stamp)):
             for old in stamp.parent.glob("*.json"):
                 old.unlink()
+            shutil.rmtree(self.path / "shadows", ignore_errors=True)
         write_json(stamp, {**self._stamp, "config": self._config.to_dict()})
+        (self.path / "config.toml").write_text(self._config.to_toml(), encoding="utf-8")
 
     def _same(self, stamp: Path) -> bool:
         try:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from lora_privacy.assess.config import Method
     from lora_privacy.core import Adapter, GradientRecord
+    from lora_privacy.core.adapter import MethodName
     from lora_privacy.laws import LawName
 
     Array = npt.NDArray[np.float64]
@@ -129,7 +129,7 @@ class NoiseMeter:
         method: How they are trained; under FLoRA every step has an A of its own.
     """
 
-    def __init__(self, adapters: Mapping[str, Adapter], method: Method) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], method: MethodName) -> None:
         self._adapters = dict(adapters)
         self._method = method
         self._measured = dict.fromkeys(adapters, 0.0)

@@ -11,14 +11,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_privacy.assess.dynamics import LayerDynamics
-from lora_privacy.assess.measure import EntryCheck, LayerNoise
-from lora_privacy.assess.training import Score, TrainingCurve
-from lora_privacy.dp import ImpliedPrivacy, PrivacyBound
 from lora_privacy.references import bibtex
 
 if TYPE_CHECKING:
     from lora_privacy.assess.config import AssessConfig
+    from lora_privacy.assess.dynamics import LayerDynamics
+    from lora_privacy.assess.measure import LayerNoise
+    from lora_privacy.assess.membership import Membership
+    from lora_privacy.assess.noise_plan import NoisePlan
+    from lora_privacy.assess.secrets import SecretsResult
+    from lora_privacy.assess.spectra import LayerSpectrum
+    from lora_privacy.assess.training import TrainingCurve
+    from lora_privacy.assess.updates import UpdateAttack
+    from lora_privacy.dp import ImpliedPrivacy, PrivacyBound
 
 __all__ = ["Assessment", "DataSummary", "MethodResult", "versions", "write_json"]
 
@@ -51,17 +56,26 @@ class MethodResult:
     """One row of the assessment.
 
     Attributes:
-        method: ``"lora"``, ``"lora-fa"`` or ``"flora"``.
+        method: Its name, such as ``"lora"`` or ``"dp-lora+denoise"``.
         trained_parameters: Numbers that the optimiser moves, the head included.
         curve: Loss, held-out score, time and memory.
         drift: ‖A_T − A_0‖/‖A_0‖ after training, a layer; empty where A is fixed or fresh.
         shapes: (out_features, rank) of every adapted layer.
-        layers: Noise, measured and predicted, of every layer that had a gradient.
+        layers: Noise, measured and predicted, of every layer that had a gradient; empty for
+            private methods, whose noise is added, and where nothing is projected.
         dynamics: The check of the linearised dynamics, a layer; empty when left out.
         proved: The proved ε, or ``inf`` with the reason.
-        implied: The implicit-privacy reading at the honest distortion. Not a guarantee.
+        implied: The implicit-privacy reading at the honest distortion. Not a guarantee. None
+            where nothing is projected, and for private methods.
         flattering: The most flattering reading: coherent noises and no distortion at all, which
             has probability 0. Not a guarantee either.
+        noise: What a private method added; None without noise.
+        price: The noise with which the same method would cost the target ε; None if no noise
+            within reach does.
+        secrets: Exposure of the planted secrets; None where none were planted.
+        membership: What membership attacks got; None when left out or not finished.
+        update: What an attack on one update got; None likewise.
+        spectra: Singular values of one update of a private method, before and after its noise.
     """
 
     method: str
@@ -72,8 +86,14 @@ class MethodResult:
     layers: tuple[LayerNoise, ...]
     dynamics: tuple[LayerDynamics, ...]
     proved: PrivacyBound
-    implied: ImpliedPrivacy
-    flattering: ImpliedPrivacy
+    implied: ImpliedPrivacy | None
+    flattering: ImpliedPrivacy | None
+    noise: NoisePlan | None = None
+    price: NoisePlan | None = None
+    secrets: SecretsResult | None = None
+    membership: Membership | None = None
+    update: UpdateAttack | None = None
+    spectra: tuple[LayerSpectrum, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; infinities are the string ``"inf"``."""
@@ -84,8 +104,13 @@ class MethodResult:
         data["curve"] = asdict(self.curve)
         data["layers"] = [asdict(layer) for layer in self.layers]
         data["dynamics"] = [asdict(layer) for layer in self.dynamics]
-        for name in ("proved", "implied", "flattering"):
-            data[name] = getattr(self, name).to_dict()
+        for name in ("noise", "price"):
+            plan = getattr(self, name)
+            data[name] = None if plan is None else asdict(plan)
+        for name in ("proved", "implied", "flattering", "secrets", "membership", "update"):
+            part = getattr(self, name)
+            data[name] = None if part is None else part.to_dict()
+        data["spectra"] = [layer.to_dict() for layer in self.spectra]
         return _plain(data)
 
 
@@ -98,7 +123,7 @@ class Assessment:
         model_name: The model's own name or the one asked for.
         train: Data trained on. dev: Data held out.
         methods: Finished methods, in the order asked.
-        missing: Methods asked for that did not finish (interrupted).
+        missing: Methods asked for that did not finish (interrupted), or that lack attacks.
         environment: Versions of what computed the numbers.
     """
 
@@ -109,6 +134,17 @@ class Assessment:
     methods: tuple[MethodResult, ...]
     missing: tuple[str, ...]
     environment: dict[str, str]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Assessment:
+        """Read what ``save`` wrote; the privacy statements are computed anew, never read.
+
+        Raises:
+            StorageError: ``report.json`` is missing or damaged, or of another version.
+        """
+        from lora_privacy.assess.stored import assessment_from_dict, read_json
+
+        return assessment_from_dict(read_json(Path(folder) / "report.json"))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; infinities are the string ``"inf"``."""
@@ -125,25 +161,44 @@ class Assessment:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write report.json, report.html, references.bib and the figures; return the page.
+        """Write report.json, report.html, references.bib, figures and tables; return the page.
 
         Args:
             folder: Made if absent; the files named above are replaced, others are left alone.
         """
         # Drawing is imported here: matplotlib is not needed to compute or to hold a result.
         from lora_privacy.assess import html, plots
+        from lora_privacy.assess.latex import latex_table
+        from lora_privacy.assess.report_tables import all_tables
 
         folder = Path(folder)
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        for part in ("figures", "tables"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
         write_json(folder / "report.json", self.to_dict())
         figures = plots.draw_all(self)
         for name, figure in figures.items():
-            for ending, content in (("svg", figure.svg), ("png", figure.png)):
-                (folder / "figures" / f"{name}.{ending}").write_bytes(content)
+            for ending in ("svg", "png", "pdf"):
+                (folder / "figures" / f"{name}.{ending}").write_bytes(getattr(figure, ending))
+        for name, table in all_tables(self).items():
+            for ending, text in (("tex", latex_table(table)), ("md", table.markdown())):
+                path = folder / "tables" / f"{name}.{ending}"
+                path.write_text(f"{text}\n", encoding="utf-8")
         page = folder / "report.html"
         page.write_text(html.render(self, figures), encoding="utf-8")
-        (folder / "references.bib").write_text(bibtex() + "\n", encoding="utf-8")
+        (folder / "references.bib").write_text(f"{self.cite()}\n", encoding="utf-8")
         return page
+
+    def cite(self) -> str:
+        """BibTeX of the works behind the numbers of this report; empty where there are none."""
+        from lora_privacy.assess.citations import citations
+
+        keys = citations(self)
+        return bibtex(*keys) if keys else ""
+
+    def _repr_html_(self) -> str:
+        from lora_privacy.assess.html import notebook
+
+        return notebook(self)
 
 
 def versions() -> dict[str, str]:
@@ -164,40 +219,6 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def method_from_dict(
-    data: dict[str, Any],
-    readings: tuple[PrivacyBound, ImpliedPrivacy, ImpliedPrivacy],
-) -> MethodResult:
-    """Rebuild a saved method; its three privacy statements are computed anew, never read."""
-    curve = dict(data["curve"])
-    curve["scores"] = tuple(Score(**score) for score in curve["scores"])
-    curve["losses"] = tuple(curve["losses"])
-    layers = []
-    for layer in data["layers"]:
-        entry: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in layer["entry"].items()
-        }
-        layers.append(LayerNoise(**{**layer, "entry": EntryCheck(**entry)}))
-    dynamics = tuple(
-        LayerDynamics(**{name: _number(value) for name, value in layer.items()})
-        for layer in data["dynamics"]
-    )
-    proved, implied, flattering = readings
-    return MethodResult(
-        method=data["method"],
-        trained_parameters=data["trained_parameters"],
-        curve=TrainingCurve(**curve),
-        drift=data["drift"],
-        shapes=tuple((rows, rank) for rows, rank in data["shapes"]),
-        layers=tuple(layers),
-        dynamics=dynamics,
-        proved=proved,
-        implied=implied,
-        flattering=flattering,
-    )
-
-
 def _plain(value: Any) -> Any:  # noqa: ANN401
     """JSON has no infinity: write it as a string; NaN has no place in a report."""
     if isinstance(value, dict):
@@ -207,7 +228,3 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value
-
-
-def _number(value: Any) -> Any:  # noqa: ANN401
-    return math.inf if value == "inf" else value

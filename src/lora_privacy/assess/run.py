@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
 
 from lora_privacy.assess.batches import TokenisedDataset
 from lora_privacy.assess.dynamics import check_dynamics
 from lora_privacy.assess.folder import RunFolder
 from lora_privacy.assess.measure import NoiseMeter
-from lora_privacy.assess.models import block_count, load_model
-from lora_privacy.assess.readings import privacy_readings
+from lora_privacy.assess.membership import Membership, attack_membership
+from lora_privacy.assess.methods import Recipe, recipe
+from lora_privacy.assess.private import fine_tune_privately, plan_of
+from lora_privacy.assess.readings import plain_readings, private_readings
 from lora_privacy.assess.result import (
     Assessment,
     DataSummary,
     MethodResult,
-    method_from_dict,
     versions,
 )
+from lora_privacy.assess.secrets import score_secrets
+from lora_privacy.assess.setup import build_model, frozen_prefix, load_data
+from lora_privacy.assess.shadows import forget_prefix
+from lora_privacy.assess.spectra import LayerSpectrum, spectra
+from lora_privacy.assess.stored import trained_from_dict
 from lora_privacy.assess.training import fine_tune, trained_parameters
-from lora_privacy.core import CachedPrefix, adapt, adapters, drift, snapshot
-from lora_privacy.data import TextDataset, load, tickets
-from lora_privacy.errors import DataError
+from lora_privacy.assess.updates import UpdateAttack, attack_updates, sample_gradients
+from lora_privacy.core import adapters, drift, find_targets, snapshot
+from lora_privacy.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from lora_privacy.assess.config import AssessConfig, Method
+    from typing import Any, Self
+
+    import numpy.typing as npt
+
+    from lora_privacy.assess.config import AssessConfig
+    from lora_privacy.assess.setup import Data
+    from lora_privacy.core import CachedPrefix
+    from lora_privacy.data import TextDataset
 
 __all__ = ["assess"]
+
+# The attack on one update looks at this many records and layers, of at most so many numbers.
+_POOL, _LAYERS, _POOL_NUMBERS = 128, 2, 4e7
 
 
 def assess(
@@ -40,18 +56,22 @@ def assess(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    n_jobs: int | None = None,
 ) -> Assessment:
-    """Fine-tune one model by each method of ``config`` and report what the projection did.
+    """Fine-tune one model by each method of ``config``, measure, attack and report.
 
-    Each finished method is kept in ``output`` at once. On Ctrl-C the methods that finished are
-    reported, the others are named as missing, and ``resume=True`` goes on from there.
+    Every finished part is kept in ``output`` at once. On Ctrl-C what is finished is reported, the
+    rest is named as missing, and ``resume=True`` goes on from there. Methods without noise give
+    the same numbers each time on one machine; the noise of private ones is the system's.
 
     Args:
         config: What to run.
-        output: Folder for report.json, report.html and the figures.
+        output: Folder for report.json, report.html, tables and figures. It also keeps who was in
+            which training set: it is as private as the data.
         resume: Take up the finished methods of an earlier run with the same settings.
         overwrite: Replace what another run left in ``output``; with ``resume``, only a run with
             other settings.
+        n_jobs: Processes that train shadow models, as ``joblib.Parallel`` takes it.
 
     Raises:
         FolderInUseError: ``output`` holds another run.
@@ -60,147 +80,213 @@ def assess(
     """
     folder = RunFolder(Path(output), config, resume=resume, overwrite=overwrite)
     with folder.held():
-        train, dev = _load_data(config)
+        data = load_data(config)
+        run = _Run(config, data, folder, n_jobs)
         finished: list[MethodResult] = []
+        missing: list[str] = []
         interrupted = False
-        for method in config.methods:
-            saved = folder.saved(method)
-            if saved is not None:
-                shapes, steps = saved["shapes"], saved["curve"]["steps"]
-                readings = privacy_readings(config, shapes, len(train), steps)
-                finished.append(method_from_dict(saved, readings))
+        for recipe in config.recipes:
+            if interrupted:
+                missing.append(recipe.name)
                 continue
             try:
-                result = _run_method(method, config, train, dev)
+                result = run.trained(recipe)
             except KeyboardInterrupt:
                 interrupted = True
-                break
-            folder.save(method, result.to_dict())
+                missing.append(recipe.name)
+                continue
+            try:
+                result = run.attacked(recipe, result)
+            except KeyboardInterrupt:
+                interrupted = True
+                missing.append(f"{recipe.name} (attacks)")
             finished.append(result)
-        done = {result.method for result in finished}
         assessment = Assessment(
             config=config,
             model_name=config.model,
-            train=_summary(train),
-            dev=_summary(dev),
+            train=_summary(data.planted),
+            dev=_summary(data.dev),
             methods=tuple(finished),
-            missing=tuple(method for method in config.methods if method not in done),
+            missing=tuple(missing),
             environment=versions(),
         )
         assessment.save(folder.path)
+        forget_prefix()
     if interrupted:
         raise KeyboardInterrupt
     return assessment
 
 
-def _run_method(
-    method: Method, config: AssessConfig, train: TextDataset, dev: TextDataset
-) -> MethodResult:
+class _Run:
+    """One assessment in the making: what its methods share."""
+
+    def __init__(
+        self, config: AssessConfig, data: Data, folder: RunFolder, n_jobs: int | None
+    ) -> None:
+        self._config, self._data, self._folder, self._n_jobs = config, data, folder, n_jobs
+        self._texts: _Texts | None = None
+        self._pool: dict[str, npt.NDArray[np.float64]] | None = None
+
+    def trained(self, recipe: Recipe) -> MethodResult:
+        """The method trained and measured, from the folder or now."""
+        saved = self._folder.saved(recipe.name)
+        if saved is not None:
+            return trained_from_dict(saved, self._config, len(self._data.planted))
+        if self._texts is None:
+            self._texts = _Texts.of(self._config, self._data)
+        result = _train(recipe, self._config, self._data, self._texts)
+        self._folder.save(recipe.name, result.to_dict())
+        return result
+
+    def attacked(self, recipe: Recipe, result: MethodResult) -> MethodResult:
+        """The method with what attacks got from it."""
+        if self._config.update_games:
+            update, found = self._update(recipe, result)
+            result = replace(result, update=update, spectra=found)
+        if self._config.references:
+            return replace(result, membership=self._membership(recipe, result))
+        return result
+
+    def _membership(self, recipe: Recipe, result: MethodResult) -> Membership:
+        # Numbers of processes and methods beside it change nothing: shadows of one are its own.
+        alone = replace(self._config, methods=(recipe.name,))
+        return attack_membership(
+            alone,
+            self._data,
+            self._folder.shadows(recipe.name),
+            plan=result.noise,
+            n_jobs=self._n_jobs,
+        )
+
+    def _update(
+        self, recipe: Recipe, result: MethodResult
+    ) -> tuple[UpdateAttack, tuple[LayerSpectrum, ...]]:
+        saved = self._folder.saved(recipe.name, "update")
+        if saved is not None:
+            return UpdateAttack.from_dict(saved["update"]), tuple(
+                LayerSpectrum.from_dict(layer) for layer in saved["spectra"]
+            )
+        if self._pool is None:
+            self._pool = _gradient_pool(self._config, self._data.train)
+        config = self._config
+        settings: dict[str, Any] = {
+            "method": recipe.base,
+            "rank": config.rank,
+            "law": config.law,
+            "noise_multiplier": 0.0 if result.noise is None else result.noise.noise_multiplier,
+            "max_grad_norm": config.max_grad_norm,
+            "batch_size": min(config.batch_size, len(next(iter(self._pool.values()))) // 2),
+            "seed": config.seed,
+        }
+        update = attack_updates(
+            self._pool, games=config.update_games, delta=config.delta, **settings
+        )
+        found = spectra(self._pool, **settings) if recipe.private else ()
+        self._folder.save(
+            recipe.name,
+            {"update": update.to_dict(), "spectra": [layer.to_dict() for layer in found]},
+            "update",
+        )
+        return update, found
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Tokens of both sets, and what the frozen blocks make of them, for all methods."""
+
+    train: TokenisedDataset
+    dev: TokenisedDataset
+    prefixes: tuple[CachedPrefix | None, CachedPrefix | None]
+
+    @classmethod
+    def of(cls, config: AssessConfig, data: Data) -> Self:
+        with torch.random.fork_rng():
+            model, tokenizer = build_model(recipe("lora"), config, len(data.train.classes))
+            causal = config.task == "causal-lm"
+            train, dev = (
+                TokenisedDataset(part, tokenizer, config.max_length, causal=causal)
+                for part in (data.planted, data.dev)
+            )
+            prefixes = (frozen_prefix(model, train, config), frozen_prefix(model, dev, config))
+        return cls(train, dev, prefixes)
+
+
+def _train(recipe: Recipe, config: AssessConfig, data: Data, texts: _Texts) -> MethodResult:
+    """Train on all records and the planted secrets, and measure what the projection did."""
+    layers, dynamics, drifted = (), (), {}
+    train, held_out = texts.train, texts.dev
     # Heads and dropout draw from torch's global state: it is put back as it was afterwards.
     with torch.random.fork_rng():
-        model, tokenizer = _adapted(method, config, train)
-        causal = config.task == "causal-lm"
-        tokenised, held_out = (
-            TokenisedDataset(part, tokenizer, config.max_length, causal=causal)
-            for part in (train, dev)
-        )
-        found = adapters(model)
-        before = snapshot(model)
-        meter = NoiseMeter(found, method)
-        curve = fine_tune(
-            model,
-            tokenised,
-            held_out,
-            config,
-            method=method,
-            meter=meter,
-            prefixes=(_prefix(model, tokenised, config), _prefix(model, held_out, config)),
-        )
-        drifted = drift(model, before) if method == "lora" else {}
-        trained = trained_parameters(model, method)
-        layers = meter.layers(draws=config.noise_draws, seed=config.seed)
-        dynamics = ()
-        if config.dynamics_steps:
+        model, tokenizer = build_model(recipe, config, len(data.train.classes))
+        inside, outside = (None if p is None else p.over(model) for p in texts.prefixes)
+        prefixes = (inside, outside)
+        try:
+            price = plan_of(recipe, config, len(train), model)
+        except CalibrationError:
+            if recipe.private:
+                raise
+            price = None
+        found = {} if recipe.trains == "full" else adapters(model)
+        shapes = tuple((adapter.out_features, adapter.rank) for adapter in found.values())
+        before = snapshot(model) if recipe.trains == "lora" else None
+        trained = trained_parameters(model, recipe)
+        if recipe.private:
+            assert price is not None
+            curve, proved = fine_tune_privately(
+                model, train, held_out, config, recipe=recipe, plan=price, prefixes=prefixes
+            )
+            readings = private_readings(price, config.delta, proved.assumptions)
+        else:
+            meter = NoiseMeter(found, recipe.trains) if shapes else None  # pyright: ignore
+            curve = fine_tune(
+                model, train, held_out, config, recipe=recipe, meter=meter, prefixes=prefixes
+            )
+            readings = plain_readings(config, shapes, len(train), curve.steps, price)
+            if meter is not None:
+                layers = meter.layers(draws=config.noise_draws, seed=config.seed)
+        if before is not None:
+            drifted = drift(model, before)
+        secrets = None
+        if data.secrets:
+            secrets = score_secrets(
+                model, tokenizer, data.secrets, config, alternatives=config.alternatives
+            )
+        if config.dynamics_steps and shapes and not recipe.private:
             # From the start again: the check is about a fresh adapter and plain SGD.
-            model, _ = _adapted(method, config, train)
-            dynamics = check_dynamics(model, tokenised, config, method=method)
-    shapes = tuple((adapter.out_features, adapter.rank) for adapter in found.values())
-    proved, implied, flattering = privacy_readings(config, shapes, len(train), curve.steps)
+            model, _ = build_model(recipe, config, len(data.train.classes))
+            dynamics = check_dynamics(model, train, config, method=recipe.trains)  # pyright: ignore
     return MethodResult(
-        method=method,
+        method=recipe.name,
         trained_parameters=trained,
         curve=curve,
         drift=drifted,
         shapes=shapes,
         layers=layers,
         dynamics=dynamics,
-        proved=proved,
-        implied=implied,
-        flattering=flattering,
+        proved=readings.proved,
+        implied=readings.implied,
+        flattering=readings.flattering,
+        noise=price if recipe.private else None,
+        price=readings.price,
+        secrets=secrets,
     )
 
 
-def _adapted(method: Method, config: AssessConfig, train: TextDataset) -> tuple[nn.Module, Any]:
-    torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config, len(train.classes))
-    if config.last_layers is not None and config.last_layers > (blocks := block_count(model)):
-        raise ValueError(
-            f"last_layers must be at most {blocks}, the blocks of {config.model!r}, got "
-            f"{config.last_layers}."
+def _gradient_pool(config: AssessConfig, train: TextDataset) -> dict[str, npt.NDArray[np.float64]]:
+    """Gradients of some records at the last adapted layers of the pretrained model."""
+    with torch.random.fork_rng():
+        model, tokenizer = build_model(recipe("full"), config, len(train.classes))
+        blocks = None if config.last_layers is None else range(-config.last_layers, 0)
+        layers = list(find_targets(model, config.targets, blocks))[-_LAYERS:]
+        numbers = sum(model.get_parameter(f"{name}.weight").numel() for name in layers)
+        count = min(_POOL, len(train), max(8, int(_POOL_NUMBERS / numbers)))
+        data = TokenisedDataset(
+            train.take(count, seed=config.seed),
+            tokenizer,
+            config.max_length,
+            causal=config.task == "causal-lm",
         )
-    adapt(
-        model,
-        config.rank,
-        method=method,
-        targets=config.targets,
-        alpha=config.alpha,
-        law=config.law,
-        seed=config.seed,
-        # Negative numbers count from the last block.
-        layers=None if config.last_layers is None else range(-config.last_layers, 0),
-        trainable=("head",) if config.task == "classification" else (),
-    )
-    return model.train(), tokenizer
-
-
-def _prefix(model: nn.Module, data: TokenisedDataset, config: AssessConfig) -> CachedPrefix | None:
-    """The frozen blocks' output for all of ``data``, when there are frozen blocks."""
-    if config.last_layers is None:
-        return None
-    prefix = CachedPrefix(model)
-    size = 4 * config.batch_size
-    batches = data.ordered(size)
-    prefix.fill(
-        (batch.ids, batch.inputs())
-        for batch in tqdm(batches, desc="frozen prefix", total=-(-len(data) // size))
-    )
-    return prefix
-
-
-def _load_data(config: AssessConfig) -> tuple[TextDataset, TextDataset]:
-    causal = config.task == "causal-lm"
-    if config.train == "tickets":
-        if causal:
-            raise DataError(
-                "the embedded tickets are a classification set; name a file with --train for a "
-                "causal language model."
-            )
-        train = tickets(config.train_size or 2_000, seed=config.seed, split="train")
-        dev = tickets(config.dev_size or 1_000, seed=config.seed, split="dev")
-        return train, dev
-    if config.dev is None:
-        raise DataError("name a held-out file with --dev: training data cannot score itself.")
-    columns = {
-        "text_columns": config.text_columns,
-        "label_column": None if causal else config.label_column,
-        "header": config.header,
-        "delimiter": config.delimiter,
-        "seed": config.seed,
-    }
-    train = load(config.train, split="train", limit=config.train_size, **columns)
-    classes = None if causal else train.classes
-    dev = load(config.dev, split="validation", limit=config.dev_size, classes=classes, **columns)
-    return train, dev
+        return sample_gradients(model, data, layers, np.arange(count), config.task)
 
 
 def _summary(data: TextDataset) -> DataSummary:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -25,8 +25,9 @@ from lora_privacy import _validate
 from lora_privacy.assess.arrays import read_arrays, write_arrays
 from lora_privacy.assess.batches import TokenisedDataset
 from lora_privacy.assess.config import AssessConfig
+from lora_privacy.assess.private import plan_of, train_privately
 from lora_privacy.assess.result import write_json
-from lora_privacy.assess.run import _adapted, _load_data, _prefix
+from lora_privacy.assess.setup import build_model, frozen_prefix, load_data
 from lora_privacy.assess.training import advance, backward, loss_of, optimizer_of, prefixed
 from lora_privacy.data import TextDataset
 from lora_privacy.errors import DataError, FolderInUseError, StorageError
@@ -34,15 +35,25 @@ from lora_privacy.errors import DataError, FolderInUseError, StorageError
 if TYPE_CHECKING:
     from torch import nn
 
+    from lora_privacy.assess.noise_plan import NoisePlan
     from lora_privacy.core import CachedPrefix
 
-__all__ = ["AdapterFit", "ShadowFit", "Shadows", "coins_of", "train_shadows"]
+__all__ = [
+    "AdapterFit",
+    "ShadowFit",
+    "Shadows",
+    "coins_of",
+    "complete_shadows",
+    "forget_prefix",
+    "train_shadows",
+]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
 _JOINED, _STAMP, _FINISHED = "shadows.npz", "config.json", "finished"
+_ANY = ("lora",)  # the frozen blocks are those of every method
 _COINS, _MODEL = 0, 1  # the random streams of one shadow
 # Dropout and new heads draw from torch's global generator: threads of one process take turns.
 _TURN = threading.Lock()
@@ -118,6 +129,10 @@ class Shadows:
 class AdapterFit:
     """The fine-tuning of an assessment, without its measurements.
 
+    A private method trains with the noise, sampling rate and steps of ``plan``, whatever the
+    number of members, so that ``plan`` says what each shadow costs. Its noise is the system's:
+    its shadows are not the same from call to call.
+
     With ``config.last_layers`` each process runs the frozen blocks below once, for all shadows
     it trains. Each shadow has an A, a head, an order and a dropout of its own.
 
@@ -125,6 +140,7 @@ class AdapterFit:
         config: Model, training and one method; the seed in it is not used.
         train: The records.
         population: Texts outside of them.
+        plan: Noise of a private method; None finds it for the number of records.
 
     Raises:
         ValueError: ``config`` names several methods.
@@ -134,6 +150,7 @@ class AdapterFit:
     config: AssessConfig
     train: TextDataset
     population: TextDataset
+    plan: NoisePlan | None = None
 
     def __post_init__(self) -> None:
         if len(self.config.methods) != 1:
@@ -141,6 +158,11 @@ class AdapterFit:
                 "methods must name the one that all shadows are trained by, got "
                 f"{', '.join(self.config.methods)}."
             )
+        method = self.config.recipes[0]
+        if method.private and self.plan is None:
+            model = build_model(method, self.config, len(self.train.classes))[0]
+            plan = plan_of(method, self.config, len(self.train), model)
+            object.__setattr__(self, "plan", plan)
         shared = _examples(self.train) & _examples(self.population)
         if shared:
             raise DataError(
@@ -155,29 +177,52 @@ class AdapterFit:
 
     def fingerprint(self) -> str:
         """Hash of the settings and of both data sets."""
-        return _hash([self.config.to_dict(), self.train.sha256, self.population.sha256])
+        parts = [self.config.to_dict(), self.train.sha256, self.population.sha256]
+        return _hash(parts if self.plan is None else [*parts, asdict(self.plan)])
 
     def __call__(self, seed: int, rows: Numbers) -> tuple[Array, Array]:
         """Train on ``rows``; see ``ShadowFit``."""
-        base = _base_of(self)
-        config, method = replace(self.config, seed=seed), self.config.methods[0]
-        model, _ = _adapted(method, config, self.train)
+        base = _base_of(replace(self.config, methods=_ANY), self.train, self.population)
+        config, method = replace(self.config, seed=seed), self.config.recipes[0]
+        model, _ = build_model(method, config, len(self.train.classes))
         inside, outside = (
             None if prefix is None else prefix.over(model) for prefix in base.prefixes
         )
-        optimizer = optimizer_of(model, config, method)
-        rng = np.random.default_rng(seed)
-        for epoch in range(config.epochs):
-            where = f"epoch {epoch + 1} of the shadow of seed {seed}"
-            order = rng.permutation(rows)
-            for start in range(0, len(order), config.batch_size):
-                batch = base.train.batch(order[start : start + config.batch_size])
-                backward(model, batch, config, inside, where)
-                advance(model, optimizer, method)
+        if self.plan is None:
+            _train_plainly(model, base.train, config, rows, inside)
+        elif len(rows):
+            train_privately(
+                model,
+                base.train,
+                config,
+                recipe=method,
+                plan=self.plan,
+                rows=rows,
+                prefix=inside,
+            )
         return (
             _log_probs(model, base.train, config, inside),
             _log_probs(model, base.population, config, outside),
         )
+
+
+def _train_plainly(
+    model: nn.Module,
+    data: TokenisedDataset,
+    config: AssessConfig,
+    rows: Numbers,
+    prefix: CachedPrefix | None,
+) -> None:
+    method = config.recipes[0]
+    optimizer = optimizer_of(model, config, method)
+    rng = np.random.default_rng(config.seed)
+    for epoch in range(config.epochs):
+        where = f"epoch {epoch + 1} of the shadow of seed {config.seed}"
+        order = rng.permutation(rows)
+        for start in range(0, len(order), config.batch_size):
+            batch = data.batch(order[start : start + config.batch_size])
+            backward(model, batch, config, prefix, where)
+            advance(model, optimizer, method)
 
 
 def train_shadows(
@@ -213,10 +258,26 @@ def train_shadows(
         ValueError: An argument is out of range, or ``fit`` returned no log-probabilities.
         NonFiniteError: A training diverged.
     """
+    try:
+        return complete_shadows(fit, folder, count=count, seed=seed, n_jobs=n_jobs)
+    finally:
+        forget_prefix()
+
+
+def complete_shadows(
+    fit: AssessConfig | ShadowFit,
+    folder: str | Path,
+    *,
+    count: int,
+    seed: int,
+    n_jobs: int | None,
+) -> Shadows:
+    """``train_shadows``, but the frozen prefix is kept for other methods on the same records."""
     count = _validate.integer("count", count, 1)
     seed = _validate.integer("seed", seed, 0)
     if isinstance(fit, AssessConfig):
-        fit = AdapterFit(fit, *_load_data(fit))
+        data = load_data(replace(fit, secrets=0))
+        fit = AdapterFit(fit, data.train, data.dev)
     folder = Path(folder)
     stamp = {"fit": fit.fingerprint(), "records": fit.records, "seed": seed}
     _take(folder, stamp)
@@ -225,20 +286,22 @@ def train_shadows(
     had = len(done[0].seeds) if done else 0
     files = [folder / _FINISHED / f"{i:05d}.npz" for i in range(count)]
     missing = [i for i in range(had, count) if not files[i].exists()]
-    try:
-        # The next is handed out when one is finished, so that the bar is right but for n_jobs.
-        joblib.Parallel(n_jobs=n_jobs, pre_dispatch="n_jobs")(
-            joblib.delayed(_train_one)(fit, seed, i, files[i], fingerprint)
-            for i in tqdm(missing, desc="shadows", unit="shadow")
-        )
-    finally:
-        _base_of.cache_clear()
+    # The next is handed out when one is finished, so that the bar is right but for n_jobs.
+    joblib.Parallel(n_jobs=n_jobs, pre_dispatch="n_jobs")(
+        joblib.delayed(_train_one)(fit, seed, i, files[i], fingerprint)
+        for i in tqdm(missing, desc="shadows", unit="shadow", disable=not missing)
+    )
     shadows = _join([*done, *map(Shadows.load, files[had:])], folder, seed, fingerprint)
     if had < count:
         shadows.save(joined)
     for file in files:
         file.unlink(missing_ok=True)
     return shadows.first(count)
+
+
+def forget_prefix() -> None:
+    """Free what ``complete_shadows`` keeps in this process."""
+    _base_of.cache_clear()
 
 
 def coins_of(seed: int, number: int, records: int) -> Mask:
@@ -345,15 +408,15 @@ class _Base:
 
 
 @lru_cache(maxsize=1)
-def _base_of(fit: AdapterFit) -> _Base:
-    model, tokenizer = _adapted(fit.config.methods[0], fit.config, fit.train)
-    causal = fit.config.task == "causal-lm"
-    train, population = (
-        TokenisedDataset(data, tokenizer, fit.config.max_length, causal=causal)
-        for data in (fit.train, fit.population)
+def _base_of(config: AssessConfig, train: TextDataset, population: TextDataset) -> _Base:
+    model, tokenizer = build_model(config.recipes[0], config, len(train.classes))
+    causal = config.task == "causal-lm"
+    inside, outside = (
+        TokenisedDataset(data, tokenizer, config.max_length, causal=causal)
+        for data in (train, population)
     )
-    prefixes = (_prefix(model, train, fit.config), _prefix(model, population, fit.config))
-    return _Base(train, population, prefixes)
+    prefixes = (frozen_prefix(model, inside, config), frozen_prefix(model, outside, config))
+    return _Base(inside, outside, prefixes)
 
 
 def _log_probs(

@@ -20,8 +20,9 @@ from lora_privacy.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from lora_privacy.assess.batches import Batch, TokenisedDataset
-    from lora_privacy.assess.config import AssessConfig, Method, Task
+    from lora_privacy.assess.config import AssessConfig, Task
     from lora_privacy.assess.measure import NoiseMeter
+    from lora_privacy.assess.methods import Recipe
     from lora_privacy.core import CachedPrefix
 
 __all__ = [
@@ -29,11 +30,15 @@ __all__ = [
     "TrainingCurve",
     "advance",
     "backward",
+    "checked_loss",
     "evaluate",
     "fine_tune",
     "loss_of",
     "optimizer_of",
+    "peak_memory",
     "prefixed",
+    "reset_peak_memory",
+    "split_parameters",
     "trained_parameters",
 ]
 
@@ -123,45 +128,48 @@ def fine_tune(
     dev: TokenisedDataset,
     config: AssessConfig,
     *,
-    method: Method,
-    meter: NoiseMeter,
+    recipe: Recipe,
+    meter: NoiseMeter | None,
     prefixes: tuple[CachedPrefix | None, CachedPrefix | None] = (None, None),
 ) -> TrainingCurve:
     """Train ``model`` in place with AdamW and feed ``meter`` on every ``probe_every``-th step.
 
     LoRA and LoRA-FA train their factors; FLoRA decompresses G Aᵀ to a dense gradient, which
-    AdamW applies to the weights, and draws a new A after every step. A head trains in all.
+    AdamW applies to the weights, and draws a new A after every step; ``"full"`` trains the
+    layers' own weights. A head trains in all.
 
     Args:
         model: Adapted model.
         train: Training examples.
         dev: Held-out examples.
         config: Epochs, batch size, rate, seed.
-        method: How ``model`` was adapted.
-        meter: Receives the gradient records.
+        recipe: How ``model`` is trained, without noise.
+        meter: Receives the gradient records; None where nothing is projected.
         prefixes: Cached frozen prefix of the training and of the held-out examples.
 
     Raises:
         NonFiniteError: The loss is NaN or infinite.
     """
-    optimizer = optimizer_of(model, config, method)
+    optimizer = optimizer_of(model, config, recipe)
     rng = np.random.default_rng(config.seed)
     per_epoch = math.ceil(len(train) / config.batch_size)
     losses: list[float] = []
     scores: list[Score] = []
     wall = cpu = 0.0
-    _reset_peak_memory()
-    bar = tqdm(total=config.epochs * per_epoch, desc=f"{method}: training", unit="step")
-    with bar, GradientProbe(model, every=config.probe_every) as probe:
+    reset_peak_memory()
+    bar = tqdm(total=config.epochs * per_epoch, desc=f"{recipe.name}: training", unit="step")
+    watch = nullcontext() if meter is None else GradientProbe(model, every=config.probe_every)
+    with bar, watch as probe:
         for _ in range(config.epochs):
             for batch in train.shuffled(config.batch_size, rng):
                 started = time.perf_counter(), time.process_time()
-                where = f"step {len(losses) + 1} of {method}"
+                where = f"step {len(losses) + 1} of {recipe.name}"
                 value = backward(model, batch, config, prefixes[0], where)
-                if probe.records:
+                if probe is not None and meter is not None and probe.records:
                     meter.add(probe.records)
-                advance(model, optimizer, method)
-                probe.step()
+                advance(model, optimizer, recipe)
+                if probe is not None:
+                    probe.step()
                 wall += time.perf_counter() - started[0]
                 cpu += time.process_time() - started[1]
                 losses.append(value)
@@ -174,13 +182,13 @@ def fine_tune(
         scores=tuple(scores),
         wall_seconds=wall,
         cpu_seconds=cpu,
-        peak_bytes=_peak_memory(),
+        peak_bytes=peak_memory(),
     )
 
 
-def optimizer_of(model: nn.Module, config: AssessConfig, method: Method) -> torch.optim.AdamW:
-    """AdamW on all that ``method`` trains, without weight decay."""
-    dense, factors = _trained(model, method)
+def optimizer_of(model: nn.Module, config: AssessConfig, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW on all that ``recipe`` trains, without weight decay."""
+    dense, factors = split_parameters(model, recipe)
     groups = [
         {"params": dense, "lr": config.dense_learning_rate},
         {"params": factors, "lr": config.learning_rate},
@@ -205,37 +213,46 @@ def backward(
     with prefixed(prefix, batch):
         loss = loss_of(model, batch, config.task)[0].mean()
         loss.backward()
-    value = loss.item()
+    return checked_loss(loss.item(), config.learning_rate, where)
+
+
+def checked_loss(value: float, learning_rate: float, where: str) -> float:
+    """Return ``value``; NonFiniteError, which says ``where``, if it is NaN or infinite."""
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"the loss is {value} at {where}; use a smaller learning rate than "
-            f"{config.learning_rate:g}."
+            f"the loss is {value} at {where}; use a smaller learning rate than {learning_rate:g}."
         )
     return value
 
 
-def advance(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
-    """Take the step of ``method`` with the gradients that are there, and clear them."""
-    if method == "flora":
+def advance(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+    """Take the step of ``recipe`` with the gradients that are there, and clear them."""
+    if recipe.trains == "flora":
         decompress(model)
     optimizer.step()
     optimizer.zero_grad()
-    if method == "flora":
+    if recipe.trains == "flora":
         refresh(model)
 
 
-def _trained(model: nn.Module, method: Method) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(FLoRA's dense weights, trained factors and head)."""
-    layers = list(flora_layers(model).values()) if method == "flora" else []
+def split_parameters(
+    model: nn.Module, recipe: Recipe
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(Dense weights of the target layers that ``recipe`` moves, trained factors and head)."""
+    if recipe.trains == "full":
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        head = [p for name, p in named if name.startswith("head.")]
+        return [p for name, p in named if not name.startswith("head.")], head
+    layers = list(flora_layers(model).values()) if recipe.trains == "flora" else []
     # FLoRA's compressed gradients pass through B.grad; B itself is never stepped.
     passed = {id(layer.expand.weight) for layer in layers} | {id(layer.weight) for layer in layers}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in passed]
     return [layer.weight for layer in layers], rest
 
 
-def trained_parameters(model: nn.Module, method: Method) -> int:
+def trained_parameters(model: nn.Module, recipe: Recipe) -> int:
     """Numbers that the optimiser moves; a FLoRA layer counts its dense weight."""
-    return sum(p.numel() for group in _trained(model, method) for p in group)
+    return sum(p.numel() for group in split_parameters(model, recipe) for p in group)
 
 
 def prefixed(prefix: CachedPrefix | None, batch: Batch):  # noqa: ANN201
@@ -245,7 +262,7 @@ def prefixed(prefix: CachedPrefix | None, batch: Batch):  # noqa: ANN201
     return prefix.using(batch.ids, batch.attention_mask)
 
 
-def _peak_memory() -> int | None:
+def peak_memory() -> int | None:
     """Highest resident memory since the last reset, in bytes; None where the system hides it."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -256,7 +273,7 @@ def _peak_memory() -> int | None:
     return None
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Linux starts the high-water mark anew when 5 is written here; elsewhere there is none."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

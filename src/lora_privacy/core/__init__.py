@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lora_privacy._lazy import attach
 
 if TYPE_CHECKING:
-    from lora_privacy.core.adapter import Adapter, adapt, adapters
+    from lora_privacy.core.adapter import Adapter, adapt, adapters, find_targets, unfreeze
     from lora_privacy.core.dynamics import (
         AdapterSnapshot,
         Recursion,
@@ -50,6 +50,7 @@ __all__ = [
     "disagreement",
     "drift",
     "drift_bound",
+    "find_targets",
     "flora_layers",
     "is_conv1d",
     "load_flora",
@@ -60,6 +61,7 @@ __all__ = [
     "save_peft",
     "sgd_step",
     "snapshot",
+    "unfreeze",
     "update_bound",
 ]
 
@@ -82,6 +84,7 @@ __getattr__, __dir__ = attach(
         "disagreement": "dynamics",
         "drift": "dynamics",
         "drift_bound": "dynamics",
+        "find_targets": "adapter",
         "flora_layers": "flora",
         "is_conv1d": "lora",
         "load_flora": "storage",
@@ -92,6 +95,7 @@ __getattr__, __dir__ = attach(
         "save_peft": "storage",
         "sgd_step": "flora",
         "snapshot": "dynamics",
+        "unfreeze": "adapter",
         "update_bound": "dynamics",
     },
 )

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 
     from lora_privacy.laws import EntryLaw, LawName
 
-__all__ = ["DEFAULT_TARGETS", "Adapter", "AdapterKind", "MethodName", "adapt", "adapters"]
+__all__ = [
+    "DEFAULT_TARGETS",
+    "Adapter",
+    "AdapterKind",
+    "MethodName",
+    "adapt",
+    "adapters",
+    "find_targets",
+    "unfreeze",
+]
 
 MethodName = Literal["lora", "lora-fa", "flora"]
 AdapterKind = Literal["lora", "lora-fa", "flora", "peft"]
@@ -142,8 +151,7 @@ def adapt(
     if method != "flora" and resample_every != 1:
         raise ValueError(f"resample_every is for method='flora', got method={method!r}.")
     _validate.integer("resample_every", resample_every, 1)
-    refuse_adapted(model)
-    found = _select(_find_targets(model, targets), layers)
+    found = find_targets(model, targets, layers)
     full = _check_trainable(model, trainable, found)
     projections: dict[str, RandomProjection] = {}
     for name, base in found.items():
@@ -165,6 +173,43 @@ def adapt(
     for name in full:
         model.get_submodule(name).requires_grad_(True)
     return model
+
+
+def unfreeze(
+    model: nn.Module,
+    *,
+    targets: Sequence[str] | str | None = None,
+    layers: Sequence[int] | None = None,
+    trainable: Sequence[str] = (),
+) -> nn.Module:
+    """Train the targets' own weights, **in place**: what ``adapt`` is to be compared with.
+
+    Biases and all other parameters are frozen, but for the modules that ``trainable`` names.
+
+    Args:
+        model: As for ``adapt``, and so are all other arguments and the errors.
+        targets: Whose weights train.
+        layers: In which blocks.
+        trainable: Modules to train in full beside them.
+    """
+    found = find_targets(model, targets, layers)
+    full = _check_trainable(model, trainable, found)
+    model.requires_grad_(False)
+    for module in found.values():
+        module.weight.requires_grad_(True)
+    for name in full:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def find_targets(
+    model: nn.Module,
+    targets: Sequence[str] | str | None = None,
+    layers: Sequence[int] | None = None,
+) -> dict[str, nn.Module]:
+    """Path -> module that ``adapt`` would put an adapter on; its arguments and errors."""
+    refuse_adapted(model)
+    return _select(_find_targets(model, targets), layers)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
