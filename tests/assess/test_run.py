@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,13 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from lora_privacy.assess import AssessConfig, assess
+from lora_privacy.assess import AssessConfig, Assessment, assess
 from lora_privacy.assess import run as run_module
+from lora_privacy.assess.methods import Recipe
+from lora_privacy.assess.run import _train
 from lora_privacy.cli import app
 from lora_privacy.data import tickets
+from lora_privacy.dp import PldAccountant, ProjectedGaussian, SampledGaussian
 from lora_privacy.errors import DataError, FolderInUseError, NoTargetError
 
 SMALL = {
@@ -121,6 +125,117 @@ def test_all_methods_and_what_each_must_show(
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["method"] for m in saved["methods"]] == ["lora", "lora-fa", "flora"]
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
+def test_private_methods_and_what_attacks_get(bert: str, tmp_path: Path) -> None:
+    """Every kind of row; what is proved, against an accountant that is fed by hand."""
+    methods = ("full", "lora", "dp-sgd+scaling", "dp-lora+denoise", "dp-lora-fa", "dp-flora")
+    config = AssessConfig(
+        model=bert, methods=methods, last_layers=1, epsilon=3.0, delta=1e-3, **SMALL
+    )
+    result = assess(config, tmp_path / "out")
+    rows = {row.method: row for row in result.methods}
+    assert list(rows) == list(methods)
+    included = result.train.examples  # the secrets whose coins came up are records too
+    assert 24 <= included <= 27
+    rate = 12 / included
+    steps = 2 * round(1 / rate)
+    for name, row in rows.items():
+        assert row.secrets is not None
+        assert len(row.secrets.scores) == 3
+        assert row.membership is not None
+        assert row.membership.records == 24
+        assert row.membership.references == 4
+        assert row.update is not None
+        assert row.update.method == name.split("+")[0]
+        assert row.price is not None
+        assert row.price.bound(1e-3).epsilon <= 3.0
+        if name.startswith("dp-"):
+            assert row.noise == row.price
+            assert (row.noise.sample_rate, row.noise.steps) == (rate, steps)
+            assert row.curve.steps == steps
+            assert row.implied is None
+            assert not row.layers
+            assert row.spectra
+            layers = [(16, 4)] * 2 + [(16, 4)]  # query, value, head
+            event = (
+                ProjectedGaussian(layers, row.noise.noise_multiplier, rate)
+                if name == "dp-flora"
+                else SampledGaussian(row.noise.noise_multiplier, rate)
+            )
+            expected = PldAccountant().compose(event, steps).epsilon(1e-3).epsilon
+            assert row.proved.epsilon == expected
+            assert 2.9 < expected <= 3.0
+            assert any("Poisson" in text for text in row.proved.assumptions)
+        else:
+            assert row.proved.epsilon == math.inf
+            assert row.noise is None
+    assert rows["full"].implied is None
+    assert rows["lora"].implied is not None
+    assert rows["full"].trained_parameters == 2 * 16 * 16 + 8 * 17
+    assert rows["dp-flora"].trained_parameters == 2 * 16 * 16 + 8 * 16
+    # A projection buys: the same ε at less noise.
+    assert rows["dp-flora"].noise.noise_multiplier < rows["dp-sgd+scaling"].noise.noise_multiplier
+    read = Assessment.load(tmp_path / "out")
+    assert read == result
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    data["methods"][2]["proved"]["epsilon"] = 0.1  # never read
+    (tmp_path / "out" / "report.json").write_text(json.dumps(data))
+    assert Assessment.load(tmp_path / "out") == result
+
+
+def test_ctrl_c_in_an_attack_keeps_the_training(bert: str, tmp_path: Path) -> None:
+    config = AssessConfig(model=bert, methods=("dp-lora", "lora"), last_layers=1, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "attack_membership", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            assess(config, tmp_path / "out")
+    part = Assessment.load(tmp_path / "out")
+    assert part.missing == ("dp-lora (attacks)", "lora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "_train", _only_lora)
+        whole = assess(config, tmp_path / "out", resume=True)
+    assert whole.missing == ()
+    # Not trained again: noise would have made it another model.
+    assert whole.methods[0].curve == part.methods[0].curve
+    assert whole.methods[0].membership is not None
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _only_lora(recipe: Recipe, *rest: object) -> object:
+    assert recipe.name == "lora"
+    return _train(recipe, *rest)
+
+
+def test_a_rerun_without_noise_gives_the_same_numbers(bert: str, tmp_path: Path) -> None:
+    """The attacks too, and whatever was run before; time and memory are left out."""
+    alone = AssessConfig(model=bert, methods=("full", "flora"), last_layers=1, **SMALL)
+    beside = replace(alone, methods=("dp-lora", "flora", "full"))
+    first = {row.method: row for row in assess(alone, tmp_path / "a").methods}
+    again = {row.method: row for row in assess(beside, tmp_path / "b").methods}
+    for name, row in first.items():
+        other = again[name]
+        same = replace(other.curve, wall_seconds=0, cpu_seconds=0, peak_bytes=0)
+        assert same == replace(row.curve, wall_seconds=0, cpu_seconds=0, peak_bytes=0)
+        assert replace(other, curve=row.curve) == row
+
+
+def test_pairs_of_texts_have_no_secrets(bert: str, tmp_path: Path) -> None:
+    rows = [f"a{i % 5} b\tc{i % 7}\t{i % 2}" for i in range(40)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["one\ttwo\tlabel", *rows]))
+    config = AssessConfig(
+        model=bert,
+        train=str(tmp_path / "pairs.tsv"),
+        dev=str(tmp_path / "pairs.tsv"),
+        text_columns=("one", "two"),
+        label_column="label",
+        methods=("lora",),
+        **{**NO_ATTACKS, "secrets": 3},
+    )
+    assert assess(config, tmp_path / "out").methods[0].secrets is None
 
 
 def test_a_cached_prefix_changes_time_not_results(bert: str, tmp_path: Path) -> None:
@@ -255,6 +370,12 @@ def test_the_command_prints_the_table_and_names_errors(bert: str, tmp_path: Path
         "lora-fa",
         "--rank",
         "2",
+        "--references",
+        "0",
+        "--secrets",
+        "0",
+        "--update-games",
+        "0",
     ]
     runner = CliRunner()
     output = str(tmp_path / "out")
@@ -262,6 +383,16 @@ def test_the_command_prints_the_table_and_names_errors(bert: str, tmp_path: Path
     assert done.exit_code == 0, done.output
     assert "| lora-fa |" in done.output
     assert "report.html" in done.output
+    saved = (tmp_path / "out" / "report.html").read_text()
+    rendered = runner.invoke(app, ["report", output])
+    assert rendered.exit_code == 0, rendered.output
+    assert (tmp_path / "out" / "report.html").read_text() == saved
+    # The settings of a run are a file to run it again from; an option beside it wins.
+    file = ["--config", str(tmp_path / "out" / "config.toml"), "--learning-rate", "0.002"]
+    second = runner.invoke(app, ["assess", "--output", str(tmp_path / "second"), *file])
+    assert second.exit_code == 0, second.output
+    config = json.loads((tmp_path / "second" / "report.json").read_text())["config"]
+    assert (config["rank"], config["learning_rate"]) == (2, 0.002)
     again = runner.invoke(app, ["assess", "--output", output, *options])
     assert again.exit_code == 2
     assert "error:" in again.output
