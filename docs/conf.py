@@ -1,7 +1,7 @@
 """Sphinx configuration: `make docs` builds to build/docs, warnings as errors, without a network.
 
-Plain myst-parser and no notebooks: every example of the pages is a doctest or a script that the
-tests run already, so a second engine that executes code would add a dependency and no check.
+Nothing is executed: every example of the pages is a doctest or a script, and every notebook holds
+its outputs; the tests run them all.
 """
 
 import sys
@@ -16,7 +16,7 @@ copyright = author  # noqa: A001
 release = metadata.version("lora-privacy")
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "mathml",
@@ -28,6 +28,10 @@ exclude_patterns = ["_ext"]
 # The pages are written for GitHub too, so only what renders there is on.
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+
+nb_execution_mode = "off"
+# The text form of a figure or of a table would be shown in its place where both are stored.
+nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/png", 1)]
 
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape"]

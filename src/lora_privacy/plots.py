@@ -118,7 +118,7 @@ def plot_trade_off(
     ax.set_xlabel("false-positive rate")
     ax.set_ylabel("false-negative rate")
     ax.set_title(f"trade-off, {curve.adjacency}")
-    ax.legend(loc="upper right")
+    ax.legend(loc="upper right", fontsize=8)
     return ax
 
 

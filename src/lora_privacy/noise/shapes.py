@@ -139,8 +139,8 @@ def laws_table(shapes: Iterable[LayerShape], rank: int) -> LawsTable:
         rank: r, at least 1.
 
     Returns:
-        One row per distinct (in_features, out_features), in the order of first appearance: a
-        tuple.
+        A tuple of one row per distinct (in_features, out_features), in the order of first
+        appearance.
 
     Raises:
         ValueError: The rank or a shape is out of range, or there are no shapes.
