@@ -15,10 +15,10 @@ from lora_privacy.assess.noise_plan import NoisePlan
 from lora_privacy.assess.readings import plain_readings, private_readings
 from lora_privacy.assess.result import Assessment, DataSummary, MethodResult
 from lora_privacy.assess.secrets import SecretScore, SecretsResult
-from lora_privacy.assess.spectra import spectra
+from lora_privacy.assess.spectra import LayerSpectrum
 from lora_privacy.assess.training import Score, TrainingCurve
-from lora_privacy.assess.updates import UpdateAttack, attack_updates
-from lora_privacy.audit import exposure, roc_curve
+from lora_privacy.assess.updates import UpdateAttack
+from lora_privacy.audit import auc, exposure, roc_curve
 
 #: Text that must be shown, and do nothing, wherever it turns up.
 HOSTILE = (
@@ -126,22 +126,38 @@ def make_secrets(ranks_in: tuple[int, ...], ranks_out: tuple[int, ...]) -> Secre
     )
 
 
-def make_gradients() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(5)
-    return {name: rng.standard_normal((12, 5, 8)) for name in LAYERS}
-
-
-def make_update(method: str, noise: float) -> UpdateAttack:
-    rank = None if method in ("full", "dp-sgd") else 2
-    return attack_updates(
-        make_gradients(),
+def make_update(method: str, strength: float, best_auc: float | None) -> UpdateAttack:
+    """An attack on one update whose scores are ``strength`` larger for members."""
+    rng = np.random.default_rng(3)
+    members = np.arange(30) % 2 == 0
+    rate = auc(rng.normal(size=30) + strength * members, members, threat_model="white box: <all>")
+    return UpdateAttack(
         method=method,
-        rank=rank,
-        noise_multiplier=noise,
+        rank=2,
+        noise_multiplier=0.0 if best_auc is None else 1.1,
         batch_size=4,
         games=30,
-        seed=3,
+        layers=LAYERS,
+        shapes=((5, 8), (5, 8)),
+        auc=rate,
         delta=1e-5,
+        epsilon=None if best_auc is None else 4.2,
+        best_auc=best_auc,
+    )
+
+
+def make_spectrum(layer: str) -> LayerSpectrum:
+    values = tuple(0.5**i for i in range(5))
+    return LayerSpectrum(
+        layer=layer,
+        shape=(5, 8),
+        noise_std=0.2,
+        edge=0.9,
+        before=values,
+        after=tuple(1.5 * value + 0.2 for value in values),
+        restored=tuple(1.1 * value for value in values),
+        cosine_after=0.61,
+        cosine_restored=0.72,
     )
 
 
@@ -232,14 +248,13 @@ def example_assessment() -> Assessment:
         model=HOSTILE[1],
         train=HOSTILE[6],
     )
-    noise = 1.1
     methods = (
         make_plain("full", config, price=None),
         make_plain(
             "lora",
             config,
             membership=make_membership(1, 2.5, records=240),
-            update=make_update("lora", 0.0),
+            update=make_update("lora", 9.0, None),
             secrets=make_secrets((1, 1, 2), (40, 77)),
         ),
         make_plain("flora", config, secrets=make_secrets((), (3,))),
@@ -248,16 +263,9 @@ def example_assessment() -> Assessment:
             "dp-lora+denoise",
             config,
             membership=make_membership(2, 0.1),
-            update=make_update("dp-lora", noise),
+            update=make_update("dp-lora", 0.4, 0.7407),
             secrets=make_secrets((13, 60, 99), (40, 77)),
-            spectra=spectra(
-                make_gradients(),
-                method="dp-lora",
-                rank=2,
-                noise_multiplier=noise,
-                batch_size=4,
-                seed=0,
-            ),
+            spectra=tuple(map(make_spectrum, LAYERS)),
         ),
         make_private("dp-flora", config, membership=make_membership(3, 0.0, records=20)),
     )

@@ -35,7 +35,8 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padd
   margin: .3rem 0; font-size: .9rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; max-width: 100%; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .2rem 0 .4rem; position: sticky; left: 0; }
+caption { text-align: left; font-weight: 600; padding: .2rem 0 .4rem; position: sticky; left: 0;
+  max-width: 88vw; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; unicode-bidi: isolate; overflow-wrap: normal; }
 thead th { font-weight: 600; background: var(--soft); max-width: 10rem; min-width: 4rem; }
