@@ -76,9 +76,9 @@ def assess(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="full, lora, lora-fa, flora, dp-sgd, dp-lora, dp-lora-fa or dp-flora; private ones "
-            "perhaps with +scaling or +denoise; repeat for several. By default lora, flora, dp-lora "
-            "and dp-flora."
+            help="full, lora, lora-fa, flora, dp-sgd, dp-lora, dp-lora-fa or dp-flora; private "
+            "ones perhaps with +scaling or +denoise; repeat for several. By default lora, flora, "
+            "dp-lora and dp-flora."
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of every adapter; 8.")] = None,
@@ -176,9 +176,6 @@ def assess(
             given["label_column"] = _column(label_column)
         settings = {} if config is None else read_settings(config)
         settings |= {name: value for name, value in given.items() if value is not None}
-        for name in ("train_size", "dev_size", "audit_records"):
-            if settings.get(name) == 0:
-                settings[name] = None
         result = run(
             AssessConfig.from_dict(settings),
             output,

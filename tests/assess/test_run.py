@@ -18,7 +18,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from lora_privacy.assess import AssessConfig, Assessment, assess
+from lora_privacy.assess import AssessConfig, Assessment, assess, plots
 from lora_privacy.assess import run as run_module
 from lora_privacy.assess.methods import Recipe
 from lora_privacy.assess.run import _train
@@ -92,6 +92,13 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
         ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Drawing takes most of a tiny run; tests/assess/test_report.py looks at the figures."""
+    if "command" not in request.node.name:
+        monkeypatch.setattr(plots, "draw_all", lambda _: {})
 
 
 @pytest.mark.parametrize("last_layers", [None, 1])

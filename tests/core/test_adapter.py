@@ -23,7 +23,9 @@ from lora_privacy.core import (
     RandomProjection,
     adapt,
     adapters,
+    find_targets,
     is_conv1d,
+    unfreeze,
 )
 from lora_privacy.errors import AlreadyAdaptedError, NoTargetError, UnsupportedLayerError
 from lora_privacy.laws import LAW_NAMES, EntryLaw, entry_law, peft_default_law
@@ -54,6 +56,26 @@ def test_default_targets_are_queries_and_values() -> None:
     assert set(adapters(model)) == expected
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{n}.{f}.weight" for n in expected for f in ("project", "expand")}
+
+
+def test_unfreeze_trains_the_weights_that_adapt_would_adapt() -> None:
+    """The same targets, blocks and head, and nothing else; no layer is replaced."""
+    model = bert()
+    kinds = [type(module) for module in model.modules()]
+    chosen = {"layers": (-1,), "targets": ("query", "key")}
+    assert unfreeze(model, **chosen, trainable=("classifier",)) is model
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapted = set(adapters(adapt(bert(), 2, **chosen, seed=0)))
+    assert set(find_targets(bert(), ("query", "key"), (-1,))) == adapted
+    assert trained == {f"{name}.weight" for name in adapted} | {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(AlreadyAdaptedError):
+        unfreeze(adapt(bert(), 2, seed=0))
+    with pytest.raises(NoTargetError, match="trainable='nothing'"):
+        unfreeze(model, trainable=("nothing",))
 
 
 @pytest.mark.parametrize(("method", "kind"), [("lora", LoRALinear), ("flora", FLoRALinear)])
@@ -316,6 +338,14 @@ def test_public_names_are_pinned() -> None:
         *("Adapter", "AdapterSnapshot", "CachedPrefix", "FLoRALinear", "FLoRAMomentum"),
         *("GradientProbe", "GradientRecord", "LoRALinear", "RandomProjection", "Recursion"),
         *("adapt", "adapters", "decompress", "disagreement", "drift", "drift_bound"),
-        *("flora_layers", "is_conv1d", "load_flora", "predicted_update", "recursion", "refresh"),
-        *("save_flora", "save_peft", "sgd_step", "snapshot", "update_bound"),
+        *(
+            "find_targets",
+            "flora_layers",
+            "is_conv1d",
+            "load_flora",
+            "predicted_update",
+            "recursion",
+            "refresh",
+        ),
+        *("save_flora", "save_peft", "sgd_step", "snapshot", "unfreeze", "update_bound"),
     } == set(core.__all__)

@@ -19,6 +19,7 @@ __all__ = ["DEFAULT_METHODS", "AssessConfig", "Task", "read_settings", "toml_tex
 
 Task = Literal["classification", "causal-lm"]
 _FEWEST_REFERENCES = 4
+_ALL_WHEN_ZERO = ("train_size", "dev_size", "audit_records")  # TOML has no None
 DEFAULT_METHODS = ("lora", "flora", "dp-lora", "dp-flora")
 
 
@@ -43,7 +44,8 @@ class AssessConfig:
             targets' own weights.
         rank: Rank r of every adapter.
         alpha: LoRA's alpha; None takes ``rank``, so that alpha/rank = 1.
-        law: Law of the entries of A.
+        law: Law of the entries of A; dp-flora, whose row space must be uniform, takes
+            orthonormal rows unless this is ``"gaussian"``.
         targets: Names of the modules to adapt; None takes queries and values.
         last_layers: Adapt only the last so many blocks, over a cached frozen prefix; None: all.
         epochs: Passes over the training set.
@@ -172,6 +174,8 @@ class AssessConfig:
     def from_dict(cls, settings: dict[str, Any]) -> AssessConfig:
         """Build from plain values; what is left out takes its default.
 
+        A 0 for ``train_size``, ``dev_size`` or ``audit_records`` takes all.
+
         Raises:
             ConfigError: A name is unknown, or a value is of the wrong kind.
             ValueError: A value is out of range.
@@ -187,11 +191,17 @@ class AssessConfig:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in settings.items()
         }
+        for name in _ALL_WHEN_ZERO:
+            if values.get(name) == 0:
+                values[name] = None
         return cls(**values)
 
     def to_toml(self) -> str:
-        """All settings but those that are None, as a file that ``read_settings`` reads back."""
-        return toml_text(self.to_dict())
+        """All settings, as a file that ``read_settings`` reads back; None is left out, or 0."""
+        settings = self.to_dict()
+        for name in _ALL_WHEN_ZERO:
+            settings[name] = settings[name] or 0
+        return toml_text(settings)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON (tuples become lists)."""

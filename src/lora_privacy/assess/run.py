@@ -25,7 +25,7 @@ from lora_privacy.assess.result import (
     versions,
 )
 from lora_privacy.assess.secrets import score_secrets
-from lora_privacy.assess.setup import build_model, frozen_prefix, load_data
+from lora_privacy.assess.setup import build_model, frozen_prefix, law_of, load_data
 from lora_privacy.assess.shadows import forget_prefix
 from lora_privacy.assess.spectra import LayerSpectrum, spectra
 from lora_privacy.assess.stored import trained_from_dict
@@ -172,7 +172,7 @@ class _Run:
         settings: dict[str, Any] = {
             "method": recipe.base,
             "rank": config.rank,
-            "law": config.law,
+            "law": law_of(recipe, config),
             "noise_multiplier": 0.0 if result.noise is None else result.noise.noise_multiplier,
             "max_grad_norm": config.max_grad_norm,
             "batch_size": min(config.batch_size, len(next(iter(self._pool.values()))) // 2),

@@ -18,8 +18,9 @@ from lora_privacy.errors import DataError
 if TYPE_CHECKING:
     from lora_privacy.assess.config import AssessConfig
     from lora_privacy.assess.methods import Recipe
+    from lora_privacy.laws import LawName
 
-__all__ = ["Data", "build_model", "frozen_prefix", "load_data"]
+__all__ = ["Data", "build_model", "frozen_prefix", "law_of", "load_data"]
 
 _HEAD = "head"
 
@@ -117,7 +118,7 @@ def build_model(recipe: Recipe, config: AssessConfig, classes: int) -> tuple[nn.
             method="flora",
             targets=targets,
             alpha=config.alpha,
-            law="gaussian" if config.law == "gaussian" else "orthonormal",
+            law=law_of(recipe, config),
             seed=config.seed,
         )
     else:
@@ -127,12 +128,19 @@ def build_model(recipe: Recipe, config: AssessConfig, classes: int) -> tuple[nn.
             method=recipe.trains,  # pyright: ignore[reportArgumentType]  ("full" is above)
             targets=config.targets,
             alpha=config.alpha,
-            law=config.law,
+            law=law_of(recipe, config),
             seed=config.seed,
             layers=layers,
             trainable=trainable,
         )
     return model.train(), tokenizer
+
+
+def law_of(recipe: Recipe, config: AssessConfig) -> LawName:
+    """Law of A: what is asked for, but that the row space of dp-flora must be uniform."""
+    if recipe.base == "dp-flora" and config.law != "gaussian":
+        return "orthonormal"
+    return config.law
 
 
 def frozen_prefix(
