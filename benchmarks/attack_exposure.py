@@ -18,13 +18,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from lora_privacy.assess import AssessConfig
 from lora_privacy.assess.batches import TokenisedDataset
 from lora_privacy.assess.models import load_model
+from lora_privacy.assess.secrets import (
+    SecretScore,
+    SecretsResult,
+    secret_log_probs,
+    threat_model,
+)
 from lora_privacy.assess.training import loss_of
-from lora_privacy.audit import exposure, exposure_p_value
+from lora_privacy.audit import exposure
 from lora_privacy.core import adapt
 from lora_privacy.data import TextDataset, plant_secrets, tickets
 from lora_privacy.dp import PrivacyBound
@@ -63,23 +68,6 @@ def train(
     return None if found is None else found.bound()
 
 
-@torch.no_grad()
-def log_probs(
-    model: nn.Module, texts: list[str], tokenizer: PreTrainedTokenizerBase
-) -> np.ndarray:
-    """Log-probability of each text, summed over its tokens."""
-    texts_set = TextDataset(name="texts", texts=tuple(texts), origin="a secret and others")
-    data = TokenisedDataset(texts_set, tokenizer, MAX_LENGTH, causal=True)
-    model.eval()
-    found = []
-    for start in range(0, len(texts), 16):
-        batch = data.batch(np.arange(start, min(start + 16, len(texts))))
-        means = loss_of(model, batch, "causal-lm")[0].double()
-        counted = (batch.labels[:, 1:] != -100).sum(1)
-        found.append(-(means * counted).numpy())
-    return np.concatenate(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Exposure of secrets in SmolLM2.")
     parser.add_argument("--methods", nargs="+", default=["lora", "dp-lora"])
@@ -99,32 +87,43 @@ def main() -> None:
     for method in options.methods:
         begun = time.process_time()
         torch.manual_seed(0)
-        model, tokenizer = load_model(AssessConfig(model="smollm2", task="causal-lm"), 0)
+        config = AssessConfig(
+            model="smollm2", task="causal-lm", max_length=MAX_LENGTH, batch_size=16
+        )
+        model, tokenizer = load_model(config, 0)
         data = TokenisedDataset(texts, tokenizer, MAX_LENGTH, causal=True)
         bound = train(model, data, options, private=method != "lora")
         trained = time.process_time() - begun
-        rows = []
+        scores, extrapolated = [], []
         for number, secret in enumerate(tqdm(secrets, desc="secrets")):
-            others = list(secret.alternatives(options.alternatives, seed=number))
-            scores = log_probs(model, [secret.text, *others], tokenizer)
-            ranked = exposure(scores[0], scores[1:], space=secret.space)
-            further = exposure(scores[0], scores[1:], space=secret.space, method="skew-normal")
-            rows.append(
-                {
-                    "included": secret.included,
-                    "bits": ranked.bits,
-                    "extrapolated": further.bits,
-                    "log_prob": scores[0],
-                }
+            found = secret_log_probs(
+                model, tokenizer, secret, config, alternatives=options.alternatives, seed=number
             )
+            ranked = exposure(found[0], found[1:], space=secret.space)
+            further = exposure(found[0], found[1:], space=secret.space, method="skew-normal")
+            scores.append(
+                SecretScore(included=secret.included, log_prob=float(found[0]), exposure=ranked)
+            )
+            extrapolated.append(further.bits)
+        exposed = SecretsResult(
+            task=config.task, threat_model=threat_model(config.task), scores=tuple(scores)
+        )
         result = {
             "method": method,
             "epsilon": None if bound is None else bound.epsilon,
             "delta": None if bound is None else bound.delta,
             "settings": {k: v for k, v in vars(options).items() if k not in ("output", "methods")},
-            "secrets": rows,
-            "p_value_in": exposure_p_value([r["bits"] for r in rows if r["included"]]),
-            "p_value_out": exposure_p_value([r["bits"] for r in rows if not r["included"]]),
+            "secrets": [
+                {
+                    "included": score.included,
+                    "bits": score.bits,
+                    "extrapolated": bits,
+                    "log_prob": score.log_prob,
+                }
+                for score, bits in zip(scores, extrapolated, strict=True)
+            ],
+            "p_value_in": exposed.p_value_in,
+            "p_value_out": exposed.p_value_out,
             "cpu_seconds_training": trained,
             "cpu_seconds": time.process_time() - begun,
         }

@@ -24,11 +24,10 @@ from tqdm import tqdm
 from lora_privacy.assess import AssessConfig
 from lora_privacy.assess.batches import Batch, TokenisedDataset
 from lora_privacy.assess.models import load_model
-from lora_privacy.audit import auc, projection_attack
+from lora_privacy.assess.updates import UpdateMethod, attack_updates, sample_gradients
+from lora_privacy.audit import RateEstimate, auc, projection_attack
 from lora_privacy.core import adapt, adapters
 from lora_privacy.data import TextDataset, load, tickets
-from lora_privacy.dp import GaussianEvent, PldAccountant, ProjectedGaussian
-from lora_privacy.training import SampleRecorder
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -65,23 +64,6 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(model(**batch.inputs()), batch.labels)
 
 
-def gradients_of(data: TokenisedDataset, classes: int) -> dict[str, Array]:
-    """Layer -> gradient of each sentence with respect to the base weight, (POOL, out, in)."""
-    model, _ = model_of(classes)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.removesuffix(".weight") in LAYERS)
-    found: dict[str, list[Array]] = {layer: [] for layer in LAYERS}
-    for start in range(0, POOL, 32):
-        batch = data.batch(np.arange(start, start + 32))
-        with SampleRecorder(model, dense=True) as recorder:
-            loss_of(model, batch).backward()
-            recorder.check(32)
-            for layer in LAYERS:
-                sums: Any = recorder.taps[layer].samples["weight"]
-                found[layer].append(32 * sums.gradients.double().numpy())
-    return {layer: np.concatenate(parts) for layer, parts in found.items()}
-
-
 def check_a_real_step(data: TokenisedDataset, classes: int, pool: dict[str, Array]) -> float:
     """Relative difference of the weights that a step of LoRA-FA adds, and of the formula."""
     model, _ = model_of(classes)
@@ -99,61 +81,25 @@ def check_a_real_step(data: TokenisedDataset, classes: int, pool: dict[str, Arra
     return worst
 
 
-def clipped(pool: dict[str, Array], norm: float, sized: dict[str, Array]) -> dict[str, Array]:
-    """Gradients times min(1, norm/size), the size that of ``sized`` over all layers."""
-    sizes = np.sqrt(sum((g**2).sum((1, 2)) for g in sized.values()))
-    factor = np.minimum(1, norm / sizes)[:, None, None]
-    return {layer: g * factor for layer, g in pool.items()}
-
-
-def game(
-    pool: dict[str, Array], rank: int, rng: np.random.Generator, knowledge: str, z: float
-) -> tuple[float, bool]:
-    """Score of one candidate, and whether it was in; where z > 0 the clip is 1."""
-    rows = rng.permutation(POOL)
-    member = bool(rng.integers(2))
-    matrices = {layer: rng.standard_normal((rank, WIDTH)) / rank**0.5 for layer in pool}
-    if knowledge == "rest, A public, noise before A":
-        # dp-flora draws rows that are orthonormal up to a factor.
-        matrices = {k: np.linalg.qr(a.T)[0].T * (WIDTH / rank) ** 0.5 for k, a in matrices.items()}
-    used = {layer: g[rows[:BATCH]] for layer, g in pool.items()}
-    if knowledge == "rest, A public":
-        # LoRA-FA clips what B gets, G Aᵀ of both layers together, to 1.
-        used = clipped(used, 1.0, {k: g @ matrices[k].T for k, g in used.items()})
-    elif z:
-        used = clipped(used, 1.0, used)
-    score = 0.0
-    for layer, g in used.items():
-        a = matrices[layer]
-        known, one = g[: BATCH - 1].sum(0) / BATCH, g[BATCH - 1] / BATCH
-        total = known + member * one
-        std = z / BATCH
-        options: dict[str, Any] = {}
-        if knowledge == "rest, A public":
-            update = -RATE * (total @ a.T + std * rng.standard_normal((WIDTH, rank)))
-            options = {"known": known, "a": a, "step_size": RATE, "noise_std": std}
-        elif knowledge == "rest, A public, noise before A":
-            update = -RATE * (total + std * rng.standard_normal(total.shape)) @ a.T
-            options = {
-                "known": known, "a": a, "step_size": RATE, "noise_std": std,
-                "noise_at": "gradient",
-            }  # fmt: skip
-        else:
-            update = -RATE * total @ a.T @ a
-            if knowledge == "rest":
-                options = {"known": known}
-            elif knowledge == "sample and other texts":
-                options = {"reference": pool[layer][rows[BATCH : BATCH + REFERENCES]] / BATCH}
-        score += float(projection_attack(update, one[None], **options)[0])
-    return score, member
-
-
-def best_auc(accountant: PldAccountant) -> float:
-    """Upper bound of the AUC of any attack: the area over the proved trade-off curve."""
-    fpr = np.concatenate([[0.0], np.geomspace(1e-9, 1, 4000)])
-    fnr = np.asarray(accountant.trade_off(fpr))
-    # The curve falls: its value at the right end of a step is below it on the whole step.
-    return float(min(1.0, 1 - np.sum(np.diff(fpr) * fnr[1:])))
+def without_the_rest(
+    pool: dict[str, Array], rank: int, trials: int, knowledge: str, seed: int
+) -> RateEstimate:
+    """The game of an attacker who does not know the other records, without noise."""
+    rng = np.random.default_rng([rank, seed])
+    scores, members = np.zeros(trials), np.empty(trials, np.bool_)
+    for trial in tqdm(range(trials), desc=f"{knowledge}, r={rank}", leave=False):
+        rows = rng.permutation(POOL)
+        members[trial] = rng.integers(2)
+        for gradients in pool.values():
+            a = rng.standard_normal((rank, WIDTH)) / rank**0.5
+            used = gradients[rows[: BATCH if members[trial] else BATCH - 1]]
+            options: dict[str, Any] = {}
+            if knowledge == "sample and other texts":
+                options["reference"] = gradients[rows[BATCH : BATCH + REFERENCES]] / BATCH
+            update = -RATE * used.sum(0) / BATCH @ a.T @ a
+            one = gradients[rows[BATCH - 1]] / BATCH
+            scores[trial] += float(projection_attack(update, one[None], **options)[0])
+    return auc(scores, members, threat_model=f"white box; knows {knowledge}")
 
 
 def main() -> None:
@@ -167,7 +113,8 @@ def main() -> None:
     texts = sentences(options.data)
     _, tokenizer = model_of(len(texts.classes))
     data = TokenisedDataset(texts, tokenizer, 40, causal=False)
-    pool = gradients_of(data, len(texts.classes))
+    model, _ = model_of(len(texts.classes))
+    pool = sample_gradients(model, data, LAYERS, np.arange(POOL), "classification")
     step = check_a_real_step(data, len(texts.classes), pool)
     print(f"A step of LoRA-FA by torch is {step:.1e} from the formula.")
     if step > 1e-4:
@@ -177,24 +124,13 @@ def main() -> None:
     large = {layer: 2 * g / np.quantile(sizes, 0.1) for layer, g in pool.items()}
     rows: list[dict[str, Any]] = []
 
-    def play(knowledge: str, rank: int, z: float, gradients: dict[str, Array]) -> None:
-        rng = np.random.default_rng([rank, len(rows)])
-        games = [
-            game(gradients, rank, rng, knowledge, z)
-            for _ in tqdm(range(options.trials), desc=f"{knowledge}, r={rank}, z={z}", leave=False)
-        ]
-        scores, members = (np.array(column) for column in zip(*games, strict=True))
-        found = auc(scores, members, threat_model=f"white box; knows {knowledge}")
+    def record(
+        knowledge: str, rank: int, z: float, found: RateEstimate, **more: float | None
+    ) -> None:
         row: dict[str, Any] = {
             "knows": knowledge, "rank": rank, "z": z, "auc": found.value, "low": found.low,
-            "high": found.high, "trials": options.trials,
+            "high": found.high, "trials": options.trials, **more,
         }  # fmt: skip
-        if z:
-            event = GaussianEvent(z) if knowledge.endswith("public") else ProjectedGaussian(
-                layers=[(WIDTH, rank)] * len(LAYERS), noise_multiplier=z
-            )  # fmt: skip
-            spent = PldAccountant().compose(event, 1)
-            row |= {"epsilon": spent.epsilon(DELTA).epsilon, "best_auc": best_auc(spent)}
         rows.append(row)
         print(
             "| "
@@ -203,15 +139,34 @@ def main() -> None:
             flush=True,
         )
 
+    def play(knowledge: str, method: UpdateMethod, rank: int, z: float) -> None:
+        found = attack_updates(
+            large if z else pool,
+            method=method,
+            rank=rank,
+            law="orthonormal" if method == "dp-flora" else "gaussian",
+            noise_multiplier=z,
+            batch_size=BATCH,
+            games=options.trials,
+            seed=len(rows),
+            delta=DELTA,
+        )
+        proved = {"epsilon": found.epsilon, "best_auc": found.best_auc} if z else {}
+        record(knowledge, rank, z, found.auc, **proved)
+        if found.contradicts:
+            raise SystemExit("An attack did better than is proved possible: something is wrong.")
+
     for rank in (2, 8, 64):
-        play("rest", rank, 0.0, pool)
+        play("rest", "flora", rank, 0.0)
     for rank in (2, 8, 64):
-        play("sample", rank, 0.0, pool)
-    play("sample and other texts", 8, 0.0, pool)
+        found = without_the_rest(pool, rank, options.trials, "sample", len(rows))
+        record("sample", rank, 0.0, found)
+    knowledge = "sample and other texts"
+    record(knowledge, 8, 0.0, without_the_rest(pool, 8, options.trials, knowledge, len(rows)))
     for z in (0.3, 1.0, 3.0, 10.0):
-        play("rest, A public", 8, z, large)
+        play("rest, A public", "dp-lora-fa", 8, z)
     for z in (0.03, 0.1, 0.3, 1.0):
-        play("rest, A public, noise before A", 8, z, large)
+        play("rest, A public, noise before A", "dp-flora", 8, z)
     options.output.write_text(
         json.dumps({"data": texts.name, "step": step, "games": rows}, indent=1)
     )
