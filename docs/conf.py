@@ -30,8 +30,6 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "off"
-# The text form of a figure or of a table would be shown in its place where both are stored.
-nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/png", 1)]
 
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape"]
