@@ -59,13 +59,6 @@ def assessment() -> Assessment:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, assessment: Assessment) -> Path:
-    folder = tmp_path_factory.mktemp("report") / "out"
-    assert assessment.save(folder) == folder / "report.html"
-    return folder
-
-
-@pytest.fixture(scope="module")
 def source(saved: Path) -> str:
     return (saved / "report.html").read_text(encoding="utf-8")
 
