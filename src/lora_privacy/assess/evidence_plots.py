@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from lora_privacy.assess.result import Assessment, MethodResult
     from lora_privacy.assess.spectra import LayerSpectrum
 
-__all__ = ["SERIES", "plot_areas", "plot_attacks", "plot_spectrum", "plot_utility", "series"]
+__all__ = [
+    "SERIES",
+    "legend_above",
+    "plot_areas",
+    "plot_attacks",
+    "plot_spectrum",
+    "plot_utility",
+    "series",
+]
 
 #: As ``lora_privacy.plots.STYLES``, and more of them: an assessment may compare many methods.
 SERIES = (
@@ -90,7 +98,7 @@ def plot_utility(result: Assessment, ax: Axes) -> Axes:
     ax.set_xlabel("ε, nats: from what attacks show ( | ) to what is proved (marker)")
     causal = result.config.task == "causal-lm"
     ax.set_ylabel("held-out loss, nats" if causal else "held-out accuracy, %")
-    _legend_above(ax, 2)
+    legend_above(ax, 2)
     return ax
 
 
@@ -197,5 +205,6 @@ def _audited(method: MethodResult) -> float:
     return 0.0 if found is None or isinstance(found, str) else found.epsilon
 
 
-def _legend_above(ax: Axes, columns: int) -> None:
+def legend_above(ax: Axes, columns: int) -> None:
+    """A small legend above ``ax``, where it hides no point."""
     ax.legend(frameon=False, fontsize=7, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0))
