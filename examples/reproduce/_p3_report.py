@@ -296,6 +296,7 @@ def _curves(docs: Path, task: str, runs: list[Row], results: dict[str, Any]) -> 
             ax.axhline(100 * share * reference, color="#777777", lw=0.9, ls=(0, (1, 2)))
         ax.set_title(f"{MODELS[method]}, ε = {epsilon:g}", fontsize=9)
         ax.set_xlabel("private steps")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("held-out accuracy, %" if metric == "accuracy" else "held-out MCC, %")
     handles, texts = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside upper center", ncols=5, frameon=False, fontsize=8)

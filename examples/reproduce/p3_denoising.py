@@ -151,7 +151,7 @@ def learn(data: Sentences, plan: Plan, *, dev: bool) -> dict[str, Any]:
 
 
 def spectra(data: Sentences, plan: Plan) -> dict[str, Any]:
-    """A plain run whose gradients are looked at: cosines of all, values of the last layer's."""
+    """A plain run whose gradients are looked at: cosines of all, singular values of the last."""
     model, _ = adapted(plan.method, plan.seed, data.args.layers)
     seen = Comparison()
     found = train(model, data.records(model), plan, seen)
@@ -159,21 +159,19 @@ def spectra(data: Sentences, plan: Plan) -> dict[str, Any]:
     for path, history in seen.profile.records.items():
         if f"layer.{len(model.encoder.encoder.layer) - 1}." not in path or "value" not in path:
             continue
-        moved = [record for record in history if record.before.any()]
-        parts = {
-            # in units of the noise's standard deviation, mean over steps
-            "before": [r.before / r.noise_std for r in moved],
-            "noisy": [r.noisy / r.noise_std for r in moved],
-            "restored": [r.restored / r.noise_std for r in moved],
-            "predicted": [noisy_law(r.before / r.noise_std, r.shape) for r in moved],
+        last = history[-1]  # one step, as means over steps would mix kept and restored ones
+        std = last.noise_std
+        values = {
+            "before": last.before / std,
+            "noisy": last.noisy / std,
+            "restored": last.restored / std,
+            "predicted": noisy_law(last.before / std, last.shape),
         }
         profiles[path] = {
-            "shape": list(history[0].shape),
-            "steps": len(moved),
-            **{
-                k: [round(float(x), 4) for x in np.mean(v, axis=0)[:KEPT]]
-                for k, v in parts.items()
-            },
+            "shape": list(last.shape),
+            "step": last.step,
+            # in units of the noise's standard deviation
+            **{name: [round(float(x), 4) for x in v[:KEPT]] for name, v in values.items()},
         }
     return {**found, "rows": seen.rows, "profiles": profiles}
 
