@@ -255,6 +255,14 @@ class Trials:
         """A run at the best settings, scored on the test records."""
         return self._run(case, "final", seed, self.tune(case))
 
+    def finished(self, case: Case, seeds: Sequence[int]) -> bool:
+        """Whether all runs of a case are there, so that nothing would be run now."""
+        tuning = [(p, s) for p in self.grid.of(case) for s in self.tuning_seeds]
+        if not all(self._has(case, "tuning", s, p) for p, s in tuning):
+            return False
+        best = self.tune(case)
+        return all(self._has(case, "final", seed, best) for seed in seeds)
+
     def noise(self, case: Case) -> float:
         """Noise multiplier of the case; methods that are accounted alike share it."""
         rank = case.rank if case.method == "dp-flora" else None
@@ -266,9 +274,6 @@ class Trials:
 
     def _run(self, case: Case, stage: str, seed: int, pair: tuple[float, float]) -> dict[str, Any]:
         rate, clip = pair
-        shown = None if math.isinf(clip) else clip  # JSON has no infinity
-        key = {**self._common, "stage": stage, **asdict(case), "seed": seed}
-        key |= {"rate": rate, "clip": shown}
 
         def run() -> dict[str, Any]:
             model: nn.Module | None = build(case, self.width, self.classes, seed)
@@ -283,7 +288,17 @@ class Trials:
             accuracy, loss = (0.0, None) if model is None else scored.score(model)
             return {"accuracy": accuracy, "loss": loss, **row}
 
-        return self.runs.get(key, run)
+        return self.runs.get(self._key(case, stage, seed, pair), run)
+
+    def _has(self, case: Case, stage: str, seed: int, pair: tuple[float, float]) -> bool:
+        key = self._key(case, stage, seed, pair)
+        return any(row["key"] == key for row in self.runs.rows)
+
+    def _key(self, case: Case, stage: str, seed: int, pair: tuple[float, float]) -> dict[str, Any]:
+        rate, clip = pair
+        shown = None if math.isinf(clip) else clip  # JSON has no infinity
+        key = {**self._common, "stage": stage, **asdict(case), "seed": seed}
+        return {**key, "rate": rate, "clip": shown}
 
     def _train_private(
         self, case: Case, model: nn.Module, rate: float, clip: float
