@@ -143,7 +143,7 @@ def run(
 
 
 def plus_minus(value: float, half: float) -> str:
-    return f"{value:.1f} ± {half:.1f}"
+    return f"{value:.1f} ± {half:.1f}".replace("-", "−")
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
@@ -209,18 +209,19 @@ def draw(ax: Axes, task: dict[str, Any], epsilon: float) -> None:
 
 def figure(results: dict[str, Any]) -> plt.Figure:
     """A row a task, a column an ε."""
-    epsilons = results["plan"]["epsilons"]
-    names = list(results["tasks"])
+    tasks = results["tasks"]
+    done = {name: {cell["epsilon"] for cell in task["cells"]} for name, task in tasks.items()}
+    epsilons = [e for e in results["plan"]["epsilons"] if any(e in one for one in done.values())]
+    names = list(tasks)
     drawn, axes = plt.subplots(
         len(names), len(epsilons), squeeze=False, sharey="row", sharex=True,
         figsize=(2.6 * len(epsilons) + 1, 2.5 * len(names) + 0.9),
     )  # fmt: skip
     for row, name in zip(axes, names, strict=True):
-        done = {cell["epsilon"] for cell in results["tasks"][name]["cells"]}
         for ax, epsilon in zip(row, epsilons, strict=True):
-            ax.set_visible(epsilon in done)
-            if epsilon in done:
-                draw(ax, results["tasks"][name], epsilon)
+            ax.set_visible(epsilon in done[name])
+            if epsilon in done[name]:
+                draw(ax, tasks[name], epsilon)
         row[0].set_ylabel(f"{name.upper()}: test accuracy, %")
     for ax, epsilon in zip(axes[0], epsilons, strict=True):
         ax.set_title(f"ε = {epsilon:g}", fontsize=9)

@@ -343,10 +343,11 @@ def figure(results: dict[str, Any]) -> plt.Figure:
         ax.set_xlabel("noise multiplier z")
         ax.set_title(f"{method}, rank {NOISE_RANK}", fontsize=9)
     left.axhline(50, color="black", lw=0.8, ls=":")
+    left.set_ylim(30, 103)
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
         ax.legend(
-            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False,
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False,
             fontsize=8,
         )  # fmt: skip
     drawn.tight_layout()
