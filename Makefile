@@ -8,16 +8,16 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test examples lint format types layers unit bench soundness docs clean help
+.PHONY: demo test examples reproduce assessments lint format types layers unit bench soundness docs clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-demo: $(STAMPS)/install $(STAMPS)/demo-model  ## fine-tune, measure and report on the embedded default
-	@echo "== assessing LoRA, LoRA-FA and FLoRA on the embedded default (a few minutes on two cores;"
+demo: $(STAMPS)/install $(STAMPS)/demo-model  ## fine-tune with and without privacy, attack, and report
+	@echo "== assessing LoRA, FLoRA and both with privacy on the embedded default (minutes on two cores;"
 	@echo "   a finished run is only rendered again, make clean forgets it)"
-	$(BIN)/lora-privacy assess --output reports/demo --last-layers 2 \
-	    --dev-size 600 --resume --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/lora-privacy assess --config examples/demo.toml --jobs 2 \
+	    --output reports/demo --resume --overwrite
 	@echo "== the report is reports/demo/report.html, its numbers are reports/demo/report.json"
 
 test: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm lint types layers unit  ## everything that CI checks
@@ -28,6 +28,19 @@ examples: $(STAMPS)/install $(STAMPS)/demo-model  ## train privately by LoRA, by
 	OMP_NUM_THREADS=1 $(BIN)/python examples/train_dp_flora.py --output reports/examples/dp-flora
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \
 	    examples/train_dp_two_processes.py --output reports/examples/two-processes
+
+# A folder of public data sets: docs/reproduction.md names them.
+DATA ?= ../shared/data
+REPRODUCTIONS := p1_noise p1_leakage p2_vector_projection p2_membership p2_accuracy p3_denoising
+
+reproduce: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm  ## rerun what the papers report, in about an hour; FULL=--full for more seeds
+	@for name in $(REPRODUCTIONS); do \
+	    echo "== $$name"; \
+	    OMP_NUM_THREADS=1 $(BIN)/python examples/reproduce/$$name.py --data $(DATA) $(FULL) || exit 1; \
+	done
+
+assessments: $(STAMPS)/install $(STAMPS)/demo-model $(STAMPS)/causal-lm  ## assess MiniLM and SmolLM2 on four public data sets, in about an hour
+	OMP_NUM_THREADS=1 $(BIN)/python examples/assessments/run.py $(DATA)
 
 lint: $(STAMPS)/dev
 	@echo "== ruff: format and lint"

@@ -130,10 +130,10 @@ def assess(
         int | None, typer.Option(help="Their expected records a step; 256.")
     ] = None,
     private_learning_rate: Annotated[
-        float | None, typer.Option(help="AdamW of dp-lora and dp-lora-fa; 1e-3.")
+        float | None, typer.Option(help="AdamW of dp-lora and dp-lora-fa; 0.01.")
     ] = None,
     private_dense_learning_rate: Annotated[
-        float | None, typer.Option(help="SGD of dp-sgd and dp-flora; 0.05.")
+        float | None, typer.Option(help="SGD of dp-sgd and dp-flora; 0.2.")
     ] = None,
     references: Annotated[
         int | None,

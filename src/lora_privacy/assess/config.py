@@ -112,8 +112,8 @@ class AssessConfig:
     max_grad_norm: float = 1.0
     private_epochs: int | None = None
     private_batch_size: int = 256
-    private_learning_rate: float = 1e-3
-    private_dense_learning_rate: float = 0.05
+    private_learning_rate: float = 1e-2
+    private_dense_learning_rate: float = 0.2
     references: int = 4
     audit_records: int | None = 1_000
     secrets: int = 8

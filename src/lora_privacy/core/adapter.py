@@ -52,7 +52,13 @@ DEFAULT_TARGETS = (
     "c_attn",
     "q_lin",
     "v_lin",
+    "q",
+    "v",
+    "query_proj",
+    "value_proj",
     "query_key_value",
+    "qkv_proj",
+    "Wqkv",
 )
 """Names of query and value projections, or of maps that hold them, in common models."""
 
