@@ -140,7 +140,8 @@ class _Run:
 
     def attacked(self, recipe: Recipe, result: MethodResult) -> MethodResult:
         """The method with what attacks got from it."""
-        if self._config.update_games:
+        # The game is about gradients as they are: row scaling is not modelled.
+        if self._config.update_games and not recipe.scaling:
             update, found = self._update(recipe, result)
             result = replace(result, update=update, spectra=found)
         if self._config.references:
@@ -158,6 +159,13 @@ class _Run:
             n_jobs=self._n_jobs,
         )
 
+    def _clip(self, recipe: Recipe) -> float:
+        """Clipping norm of G Aᵀ without the scaling alpha/rank, which B's gradient carries."""
+        config = self._config
+        if recipe.trains in ("lora", "lora-fa") and config.alpha is not None:
+            return config.max_grad_norm * config.rank / config.alpha
+        return config.max_grad_norm
+
     def _update(
         self, recipe: Recipe, result: MethodResult
     ) -> tuple[UpdateAttack, tuple[LayerSpectrum, ...]]:
@@ -174,7 +182,7 @@ class _Run:
             "rank": config.rank,
             "law": law_of(recipe, config),
             "noise_multiplier": 0.0 if result.noise is None else result.noise.noise_multiplier,
-            "max_grad_norm": config.max_grad_norm,
+            "max_grad_norm": self._clip(recipe),
             "batch_size": min(config.batch_size, len(next(iter(self._pool.values()))) // 2),
             "seed": config.seed,
         }
