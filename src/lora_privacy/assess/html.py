@@ -53,7 +53,7 @@ def render(result: Assessment, figures: Mapping[str, Drawing]) -> str:
         result: The assessment.
         figures: Drawings by name, as ``plots.draw_all`` returns them.
     """
-    title = f"{result.model_name} on {result.train.name} ({result.train.origin})"
+    title = f"{result.model_name} on {result.train.name}"
     links = "".join(f"<li><a href=#{name}>{html_text(t)}</a></li>" for name, t in SECTIONS.items())
     return "\n".join(
         [

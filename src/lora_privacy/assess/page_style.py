@@ -25,7 +25,7 @@ a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 3px sol
 .alarm h3, .alarm strong { color: var(--alarm); }
 .answer { font-size: 1.15rem; font-weight: 600; margin: .3rem 0 .7rem; }
 .cards { display: grid; gap: .8rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); }
 .card { background: var(--soft); border-left: 5px solid var(--ink); padding: .5rem .9rem;
   font-size: .93rem; break-inside: avoid; }
 .card h3 { margin: 0 0 .2rem; } .card p { margin: .25rem 0; }
