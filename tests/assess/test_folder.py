@@ -16,7 +16,7 @@ CONFIG = AssessConfig(train_size=10)
 
 
 def _folder(path: Path, config: AssessConfig = CONFIG, **options: bool) -> RunFolder:
-    return RunFolder(path, config, **{"resume": False, "overwrite": False, **options})
+    return RunFolder(path, config, inputs={}, **{"resume": False, "overwrite": False, **options})
 
 
 def test_what_was_saved_is_found_on_resume_only(tmp_path: Path) -> None:

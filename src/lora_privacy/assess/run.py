@@ -16,6 +16,7 @@ from lora_privacy.assess.folder import RunFolder
 from lora_privacy.assess.measure import NoiseMeter
 from lora_privacy.assess.membership import Membership, attack_membership
 from lora_privacy.assess.methods import Recipe, recipe
+from lora_privacy.assess.models import model_digest
 from lora_privacy.assess.private import fine_tune_privately, plan_of
 from lora_privacy.assess.readings import plain_readings, private_readings
 from lora_privacy.assess.result import (
@@ -68,7 +69,8 @@ def assess(
         config: What to run.
         output: Folder for report.json, report.html, tables and figures. It also keeps who was in
             which training set: it is as private as the data.
-        resume: Take up the finished methods of an earlier run with the same settings.
+        resume: Take up the finished methods of an earlier run with the same settings, data and
+            model.
         overwrite: Replace what another run left in ``output``; with ``resume``, only a run with
             other settings.
         n_jobs: Processes that train shadow models, as ``joblib.Parallel`` takes it.
@@ -78,35 +80,38 @@ def assess(
         DataError: The data cannot be used; the message says why.
         KeyboardInterrupt: Again, after what is finished was written.
     """
-    folder = RunFolder(Path(output), config, resume=resume, overwrite=overwrite)
+    data = load_data(config)
+    inputs = {
+        "train": data.train.sha256,
+        "dev": data.dev.sha256,
+        "model": model_digest(config),
+    }
+    folder = RunFolder(Path(output), config, inputs=inputs, resume=resume, overwrite=overwrite)
     with folder.held():
-        data = load_data(config)
         run = _Run(config, data, folder, n_jobs)
-        finished: list[MethodResult] = []
-        missing: list[str] = []
-        interrupted = False
-        for recipe in config.recipes:
-            if interrupted:
-                missing.append(recipe.name)
-                continue
-            try:
-                result = run.trained(recipe)
-            except KeyboardInterrupt:
-                interrupted = True
-                missing.append(recipe.name)
-                continue
-            try:
-                result = run.attacked(recipe, result)
-            except KeyboardInterrupt:
-                interrupted = True
-                missing.append(f"{recipe.name} (attacks)")
-            finished.append(result)
+        finished: dict[str, MethodResult] = {}
+        attacked: list[str] = []
+        try:
+            for recipe in config.recipes:
+                finished[recipe.name] = run.trained(recipe)
+            # All attacks after all trainings: processes for shadows keep the frozen prefix.
+            for recipe in config.recipes:
+                finished[recipe.name] = run.attacked(recipe, finished[recipe.name])
+                attacked.append(recipe.name)
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+        missing = [
+            f"{name} (attacks)" if name in finished else name
+            for name in config.methods
+            if name not in attacked
+        ]
         assessment = Assessment(
             config=config,
             model_name=config.model,
             train=_summary(data.planted),
             dev=_summary(data.dev),
-            methods=tuple(finished),
+            methods=tuple(finished.values()),
             missing=tuple(missing),
             environment=versions(),
         )

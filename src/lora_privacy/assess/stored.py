@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; StorageError where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error}.") from error
     if not isinstance(found, dict):
         raise StorageError(f"{path} must hold a JSON object, got a {type(found).__name__}.")
