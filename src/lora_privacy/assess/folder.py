@@ -105,11 +105,11 @@ class RunFolder:
         descriptor = os.open(self._lock, os.O_CREAT | os.O_RDWR)
         try:
             self._exclude(descriptor)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         except BaseException:
             os.close(descriptor)
             raise
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
         return descriptor
 
     def _exclude(self, descriptor: int) -> None:

@@ -345,7 +345,13 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
             raise NonFiniteError(f"{name!r} holds NaN or infinity; nothing was written.")
     path.parent.mkdir(parents=True, exist_ok=True)
     ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(ready, str(path), metadata={"format": "pt"})
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        save_file(ready, str(temporary), metadata={"format": "pt"})
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written, and is as it was: {error}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

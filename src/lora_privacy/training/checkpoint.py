@@ -123,6 +123,23 @@ def load(
         StorageError: The file is missing, damaged, of other settings or of another model.
         LedgerError: ``ledger`` does not begin with the steps of the checkpoint.
     """
+    try:
+        return _load(folder, optimizer, parameters, settings, ledger, deterministic)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{folder / STATE} is damaged ({type(error).__name__}: {error}); go on from another "
+            "checkpoint."
+        ) from error
+
+
+def _load(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    settings: dict[str, Any],
+    ledger: Ledger,
+    deterministic: bool,
+) -> SavedState:
     path = folder / STATE
     tensors, facts = _read(path)
     if facts.get("format") != _FORMAT or facts.get("version") != _VERSION:
@@ -137,6 +154,9 @@ def load(
             f"one has {wanted[key]!r}. Resume with the same arguments, or begin anew."
         )
     step = _validate.integer("step", facts["step"], 0)
+    _validate.positive("noise_multiplier", facts["noise_multiplier"])
+    if facts["budget"] is not None:
+        _validate.integer("budget", facts["budget"], 0)
     charged = _validate.integer("charged", facts["charged"], 0)
     found = SavedState(
         key=_key(folder) if deterministic else None,
@@ -162,6 +182,8 @@ def load(
         )
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise StorageError(f"{name!r} in {path} holds NaN or infinity.")
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = value
@@ -266,8 +288,12 @@ def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Non
     # safetensors refuses tensors that share or skip memory.
     whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     temporary = path.with_name(path.name + ".part")
-    save_file(whole, str(temporary), metadata={"facts": json.dumps(facts)})
-    _sync_and_move(temporary, path)
+    try:
+        save_file(whole, str(temporary), metadata={"facts": json.dumps(facts)})
+        _sync_and_move(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written, and is as it was: {error}") from error
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -296,5 +322,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads((file.metadata() or {})["facts"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error

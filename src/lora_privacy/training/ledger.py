@@ -148,12 +148,14 @@ class Ledger:
         A release that was entered before, drawn again from the same randomness, costs nothing.
 
         Raises:
-            LedgerError: The same run and step were released otherwise, or the file is closed.
+            LedgerError: The same run and step were released otherwise, or the file cannot be
+                written; the release then counts in memory, and is written with the next one.
             AttestationError: A projection is not attested to be fresh.
         """
         key = (release.run, release.step)
         if key in self._releases:
             if self._same(self._releases[key], release):
+                self._write()  # a full disk may have kept its line back
                 return
             raise LedgerError(
                 f"Step {release.step} of this run was released before, of another sum or with "
@@ -161,10 +163,7 @@ class Ledger:
                 "not cover two sums; begin a new training."
             )
         self._enter(release)
-        if self._file is not None:
-            self._file.write(json.dumps(_to_plain(release)) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._write(_to_plain(release))
 
     def attach(self, path: str | Path) -> None:
         """Continue the file at ``path`` or begin it with all that is entered so far.
@@ -190,10 +189,7 @@ class Ledger:
                     raise LedgerError(f"{path} holds another ledger; choose another path.")
                 self._read(path, text)
             else:
-                lines = [self._header(), *(_to_plain(release) for release in self)]
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-                file.flush()
-                os.fsync(file.fileno())
+                _write(file, path, self._header(), *(_to_plain(release) for release in self))
         except BaseException:
             file.close()
             raise
@@ -205,6 +201,10 @@ class Ledger:
         if self._file is not None:
             self._file.close()
         self._file = self.path = None
+
+    def _write(self, *lines: dict[str, Any]) -> None:
+        if self._file is not None and self.path is not None:
+            _write(self._file, self.path, *lines)
 
     def _enter(self, release: Release) -> None:
         z, q = float(release.noise_multiplier), float(release.sample_rate)
@@ -256,6 +256,19 @@ class Ledger:
                 self._enter(_from_plain(json.loads(line)))
             except Exception as error:
                 raise LedgerError(f"Line {number} of {path} is damaged: {error}") from error
+
+
+def _write(file: IO[str], path: Path, *lines: dict[str, Any]) -> None:
+    """Append ``lines``, and what an earlier failure kept in the buffer, down to the disk."""
+    try:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise LedgerError(
+            f"{path} cannot be written: {error.strerror}. No weight moved; make room, and go on "
+            "from the last checkpoint."
+        ) from error
 
 
 def _to_plain(release: Release) -> dict[str, Any]:
