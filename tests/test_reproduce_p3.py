@@ -25,6 +25,17 @@ LANGUAGE_RESULTS = DOCS / "reproduction" / "p3-language-model.json"
 # 97.5 % points of Student's t with 1 to 4 degrees of freedom, from a printed table.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
+METHODS = {"adapters, r = 8": "dp-lora", "whole matrices": "dp-sgd"}
+KINDS = {
+    "query.project.weight": "query, A",
+    "query.expand.weight": "query, B",
+    "query.weight": "query, W",
+    "value.project.weight": "value, A",
+    "value.expand.weight": "value, B",
+    "value.weight": "value, W",
+    "head.weight": "head",
+}
+
 pytestmark = pytest.mark.skipif(
     not SCRIPTS.exists(), reason="examples/ is not part of this installation"
 )
@@ -79,14 +90,14 @@ def check_classifier_tables(results: dict[str, Any], text: str) -> None:
     """Every cell of both tables, computed anew from the runs."""
     table = cells(text)
     final = [run for run in results["runs"] if run["key"]["stage"] == "final"]
-    arms = [row for row in table if row[1] in ("adapters, r = 8", "whole matrices")]
+    found = [row for row in table if "×" in row[2]]
+    arms = [row for row in table if row not in found and row[1] in METHODS]
     groups = {
         (run["key"]["epsilon"], run["key"]["method"], run["key"]["shrinker"]) for run in final
     }
     assert len(arms) == len(groups)
-    methods = {"adapters, r = 8": "dp-lora", "whole matrices": "dp-sgd"}
     for row in arms:
-        epsilon, method, shrinker = float(row[0]), methods[row[1]], row[2].strip("`")
+        epsilon, method, shrinker = float(row[0]), METHODS[row[1]], row[2].strip("`")
         cell = [r for r in final if (r["key"]["epsilon"], r["key"]["method"]) == (epsilon, method)]
         plain = {r["key"]["seed"]: r for r in cell if r["key"]["shrinker"] == "none"}
         own = {r["key"]["seed"]: r for r in cell if r["key"]["shrinker"] == shrinker}
@@ -110,34 +121,39 @@ def check_classifier_tables(results: dict[str, Any], text: str) -> None:
                 gaps = [100 * (measure(own[s]) - measure(plain[s])) for s in sorted(own)]
                 check_interval(row[at + 1], shrinker, gaps, 1)
     spectra = [run for run in results["runs"] if run["key"]["stage"] == "spectra"]
-    found = [row for row in table if "×" in row[1]]
     at = 0
     for run in spectra:
-        kinds = {"project": "A", "expand": "B", "head": "head", "query.w": "W", "value.w": "W"}
         by_kind: dict[str, list[dict[str, Any]]] = {}
         for entry in run["rows"]:
-            (kind,) = {kind for part, kind in kinds.items() if part in entry["path"]}
+            (kind,) = {kind for end, kind in KINDS.items() if entry["path"].endswith(end)}
             by_kind.setdefault(kind, []).append(entry)
         for kind in sorted(by_kind):
             row, entries = found[at], by_kind[kind]
             at += 1
             assert numbers(row[0]) == [run["key"]["epsilon"]]
-            assert row[1].startswith(f"{kind}, ")
+            assert METHODS[row[1]] == run["key"]["method"]
+            assert row[2].startswith(f"{kind}, ")
             columns = {
-                4: ("found", "none"),
-                5: ("predicted", "none"),
-                6: ("found", "frobenius"),
-                7: ("found", "debias"),
-                8: ("found", "partial"),
-                9: ("found", "hard"),
-                10: ("predicted", "frobenius"),
+                5: ("found", "none"),
+                6: ("predicted", "none"),
+                7: ("found", "frobenius"),
+                8: ("found", "debias"),
+                9: ("found", "partial"),
+                10: ("found", "hard"),
+                11: ("predicted", "frobenius"),
             }
             for column, (what, name) in columns.items():
                 mean = statistics.fmean(entry[what][name] for entry in entries)
                 assert numbers(row[column])[0] == pytest.approx(mean, abs=5.01e-4)
-            for column, name in ((2, "strongest"), (3, "above")):
+            for column, name in ((3, "strongest"), (4, "above")):
                 mean = statistics.fmean(entry[name] for entry in entries)
                 assert numbers(row[column])[0] == pytest.approx(mean, abs=5.01e-3)
+            steps = [[e for e in entries if e["step"] == k] for k in {e["step"] for e in entries}]
+            gaps = [
+                statistics.fmean(e["found"]["frobenius"] - e["found"]["none"] for e in same)
+                for same in steps
+            ]
+            check_interval(row[12], "frobenius", gaps, 3)
     assert at == len(found)
 
 

@@ -30,18 +30,18 @@ def summary_of(runs: list[Row]) -> dict[str, Any]:
 
 
 def kind_of(path: str) -> str:
-    """Which matrix a parameter is."""
-    if "project" in path:
-        return "A"
-    if "expand" in path:
-        return "B"
-    return "head" if path.startswith("head") else "W"
+    """Which matrix a parameter is: ``"value, A"``, or ``"head"``."""
+    if path.startswith("head"):
+        return "head"
+    target = "query" if ".query." in path else "value"
+    return f"{target}, {'A' if 'project' in path else 'B' if 'expand' in path else 'W'}"
 
 
 def cosines_of(runs: list[Row]) -> list[Row]:
     """For each ε and kind of matrix: cosines to the clean gradient, and gains by denoising.
 
-    A gain is a mean over the layers of a step, paired, with a t interval over steps.
+    A gain is a mean over the layers of a step, of the same noised gradient with and without, and
+    its t interval is over steps.
     """
     found = []
     for run in runs:
@@ -69,7 +69,7 @@ def cosines_of(runs: list[Row]) -> list[Row]:
                     "method": run["key"]["method"],
                     "epsilon": run["key"]["epsilon"],
                     "kind": kind,
-                    "shape": sorted(rows[0]["shape"]),
+                    "shape": rows[0]["shape"],
                     "gradients": len(rows),
                     "strongest": float(np.mean([r["strongest"] for r in rows])),
                     "above": float(np.mean([r["above"] for r in rows])),
@@ -98,7 +98,9 @@ def arms_of(runs: list[Row]) -> list[Row]:
             cell = cells.setdefault((key["task"], key["method"], key["epsilon"]), {})
             cell.setdefault(key["shrinker"], {})[key["seed"]] = run
     found = []
-    for (task, method, epsilon), cell in cells.items():
+    for (task, method, epsilon), cell in sorted(
+        cells.items(), key=lambda x: (*x[0][:2], -x[0][2])
+    ):
         metric = METRIC[task]
         reference = float(np.mean([_final(run, metric) for run in cell["none"].values()]))
         base = {seed: _measures(run, metric, reference) for seed, run in cell["none"].items()}
@@ -162,15 +164,16 @@ def tables_of(results: dict[str, Any]) -> str:
 def _cosine_table(rows: list[Row]) -> str:
     names = [name for name in SHRINKERS if name != "none"]
     lines = [
-        "| ε | gradient of | strongest | above the edge | noised | predicted | "
+        "| ε | trained | gradient of | strongest | above the edge | noised | predicted | "
         + " | ".join(f"`{name}`" for name in names)
         + " | predicted `frobenius` | gain of `frobenius` |",
-        "|" + "---|" * (len(names) + 8),
+        "|" + "---|" * (len(names) + 9),
     ]
     for row in rows:
         n, m = row["shape"]
         lines.append(
-            f"| {row['epsilon']:g} | {row['kind']}, {n} × {m} | {row['strongest']:.2f} "
+            f"| {row['epsilon']:g} | {MODELS[row['method']]} | {row['kind']}, {n} × {m} "
+            f"| {row['strongest']:.2f} "
             f"| {row['above']:.2f} | {row['found']['none']:.3f} "
             f"| {row['predicted']['none']:.3f} | "
             + " | ".join(f"{row['found'][name]:.3f}" for name in names)
@@ -231,7 +234,7 @@ def _spectra(docs: Path, runs: list[Row]) -> None:
         for path, profile in run["profiles"].items():
             panels[run["key"]["epsilon"], kind_of(path)] = profile
     epsilons = list(dict.fromkeys(epsilon for epsilon, _ in panels))
-    kinds = [kind for kind in ("A", "B", "W") if any(k == kind for _, k in panels)]
+    kinds = [f"value, {x}" for x in "ABW" if any(k == f"value, {x}" for _, k in panels)]
     figure, axes = plt.subplots(
         len(epsilons), len(kinds), figsize=(3.1 * len(kinds), 2.5 * len(epsilons) + 0.5),
         squeeze=False, layout="constrained",
@@ -256,16 +259,22 @@ def _spectra(docs: Path, runs: list[Row]) -> None:
                 index, profile["predicted"][:count], color="black", ls="none", marker="x", ms=5,
                 label="after the noise, predicted", markevery=max(1, count // 10),
             )  # fmt: skip
-            ax.axhline(np.sqrt(n) + np.sqrt(m), color="#777777", lw=0.9, ls=(0, (1, 2)))
+            ax.axhline(
+                np.sqrt(n) + np.sqrt(m),
+                color="#777777",
+                lw=0.9,
+                ls=(0, (1, 2)),
+                label="edge of the noise alone",
+            )
             ax.set_ylim(bottom=0)
-            names = {"A": "A", "B": "B", "W": "whole matrix"}
-            ax.set_title(f"{names[kind]}, {n} × {m}, ε = {epsilon:g}", fontsize=9)
+            ax.set_xticks([1, *range(2, count + 1, 2)] if count <= 8 else [1, 10, 20, 30, 40])
+            ax.set_title(f"{kind}, {n} × {m}, ε = {epsilon:g}", fontsize=9)
             if i == len(epsilons) - 1:
                 ax.set_xlabel("index of the singular value")
             if j == 0:
                 ax.set_ylabel("singular value / s")
     handles, texts = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles, texts, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     save_figure(docs, "p3_spectra", figure)
 
 
@@ -273,7 +282,8 @@ def _curves(docs: Path, task: str, runs: list[Row], results: dict[str, Any]) -> 
     """Held-out value against steps: thick the mean over seeds, thin every seed."""
     metric = METRIC[task]
     arms = [arm for arm in results["summary"]["arms"] if arm["task"] == task]
-    panels = list(dict.fromkeys((arm["method"], arm["epsilon"], arm["reference"]) for arm in arms))
+    panels = dict.fromkeys((arm["method"], arm["epsilon"], arm["reference"]) for arm in arms)
+    panels = sorted(panels, key=lambda panel: (panel[0], -panel[1]))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.3 * len(panels), 3.3), sharey=True, squeeze=False,
         layout="constrained",
@@ -287,7 +297,7 @@ def _curves(docs: Path, task: str, runs: list[Row], results: dict[str, Any]) -> 
                 continue
             steps = [point["step"] for point in own[0]["curve"]]
             curves = np.array([[100 * p[metric] for p in run["curve"]] for run in own])
-            ax.plot(steps, curves.T, color=colour, ls=line, lw=0.5, alpha=0.4)
+            ax.plot(steps, curves.T, color=colour, ls=line, lw=0.5, alpha=0.3)
             ax.plot(
                 steps, curves.mean(0), color=colour, ls=line, marker=marker, ms=4, lw=1.6,
                 label=name, markevery=2,

@@ -283,12 +283,12 @@ def main() -> None:
                         print(key, flush=True)
     if args.part == "all":
         tuned = [row for row in runs.rows if row["key"]["stage"] == "tune"]
-        results = {"rates": rates, "runs": [*tuned, *wanted]}
-        report(args, {**results, "summary": summary_of(results["runs"])})
+        report(args, {"rates": rates, "runs": [*tuned, *wanted]})
 
 
 def report(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Write the json and the figures, and print the tables."""
+    results = {**results, "summary": summary_of(results["runs"])}
     save_json(args.docs, NAME, results)
     draw(args.docs, results)
     print(tables_of(results))
