@@ -54,7 +54,7 @@ def test_each_claim_names_a_function_and_a_test_that_exist(row: list[str]) -> No
     assert all(Path(file).name.startswith("test_") for file in files)
     text = "".join((ROOT / "tests" / file).read_text(encoding="utf-8") for file in files)
     for name in names:
-        room, function = name.split(".")
+        room, function = name.rsplit(".", 1)
         package = importlib.import_module(f"lora_privacy.{room}")
         assert function in package.__all__
         assert getattr(package, function).__module__.startswith(package.__name__)
@@ -66,6 +66,13 @@ def test_the_table_has_every_kind_of_claim() -> None:
     text = CLAIMS.read_text(encoding="utf-8")
     assert len(_rows()) > 40
     assert all(f"| {status}" in text for status in (*STATUSES, "published, corrected"))
+
+
+def test_the_map_of_the_house_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    modules = {path.stem for path in (ROOT / "src").rglob("*.py") if path.stem[0] != "_"}
+    assert len(modules) > 80
+    assert {name for name in modules if not re.search(rf"\b{name}\b", text)} == set()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,4 +1,4 @@
-"""What the README, the tutorial and pages on training print and link is true."""
+"""What the README, the tutorial, the FAQ and pages on training print is true."""
 
 import doctest
 import re
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 PAGES = (
     "README.md",
+    "docs/faq.md",
     "docs/tutorial.md",
     "docs/howto-train-privately.md",
     "docs/howto-restore-singular-values.md",
@@ -22,7 +23,7 @@ PAGES = (
 WITH_COMMANDS = ("README.md", "docs/tutorial.md", "docs/howto-assess.md", "docs/faq.md")
 
 _SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
-_MAKE = re.compile(r"\bmake ([a-z]+)")
+_MAKE = re.compile(r"(?:^|`)make ([a-z]+)", re.MULTILINE)
 
 
 def _commands(page: str) -> list[list[str]]:
