@@ -48,6 +48,13 @@ def kept(result: Assessment) -> dict[str, object]:
     return data
 
 
+def page_tables(result: Assessment) -> str:
+    """The tables of docs/results-assessments.md, which a test holds against the results."""
+    tables = all_tables(result)
+    shown = [name for name in ("privacy", "attacks", "utility", "projection") if name in tables]
+    return "\n\n".join(tables[name].markdown() for name in shown)
+
+
 def main() -> None:
     """Run what is asked for, and print its tables."""
     parser = argparse.ArgumentParser(description="Assessments of public data sets.")
@@ -71,8 +78,7 @@ def main() -> None:
             )  # fmt: skip
         path = RESULTS / f"assess-{name}.json"
         path.write_text(json.dumps(kept(result), indent=1, allow_nan=False) + "\n")
-        for title, table in all_tables(result).items():
-            print(f"\n{name}: {title}\n\n{table.markdown()}", flush=True)
+        print(f"\n{name}\n\n{page_tables(result)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from typer.testing import CliRunner
 
 from lora_privacy.assess import AssessConfig, Assessment, assess, plots
 from lora_privacy.assess import run as run_module
-from lora_privacy.assess.methods import Recipe
-from lora_privacy.assess.run import _train
 from lora_privacy.cli import app
 from lora_privacy.data import tickets
 from lora_privacy.dp import PldAccountant, ProjectedGaussian, SampledGaussian
@@ -201,9 +199,9 @@ def test_ctrl_c_in_an_attack_keeps_the_training(bert: str, tmp_path: Path) -> No
         with pytest.raises(KeyboardInterrupt):
             assess(config, tmp_path / "out")
     part = Assessment.load(tmp_path / "out")
-    assert part.missing == ("dp-lora (attacks)", "lora")
+    assert part.missing == ("dp-lora (attacks)", "lora (attacks)")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "_train", _only_lora)
+        patch.setattr(run_module, "_train", None)
         whole = assess(config, tmp_path / "out", resume=True)
     assert whole.missing == ()
     # Not trained again: noise would have made it another model.
@@ -213,11 +211,6 @@ def test_ctrl_c_in_an_attack_keeps_the_training(bert: str, tmp_path: Path) -> No
 
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
-
-
-def _only_lora(recipe: Recipe, *rest: object) -> object:
-    assert recipe.name == "lora"
-    return _train(recipe, *rest)
 
 
 def test_a_rerun_without_noise_gives_the_same_numbers(bert: str, tmp_path: Path) -> None:
@@ -231,6 +224,16 @@ def test_a_rerun_without_noise_gives_the_same_numbers(bert: str, tmp_path: Path)
         same = replace(other.curve, wall_seconds=0, cpu_seconds=0, peak_bytes=0)
         assert same == replace(row.curve, wall_seconds=0, cpu_seconds=0, peak_bytes=0)
         assert replace(other, curve=row.curve) == row
+
+
+def test_a_held_out_set_of_records_is_refused_before_training(bert: str, tmp_path: Path) -> None:
+    rows = [f"a{i} b c\t{i % 2}" for i in range(20)]
+    (tmp_path / "t.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    file = str(tmp_path / "t.tsv")
+    config = AssessConfig(model=bert, train=file, dev=file, label_column="label", **SMALL)
+    with pytest.raises(DataError, match="no population; name other held-out data"):
+        assess(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_pairs_of_texts_have_no_secrets(bert: str, tmp_path: Path) -> None:
@@ -316,8 +319,11 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(bert: str, tmp_path: P
         signal.signal(signal.SIGINT, handler)
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["method"] for m in saved["methods"]] == ["lora"]
-    assert saved["missing"] == ["lora-fa", "flora"]
-    assert "Not finished: lora-fa, flora" in (tmp_path / "out" / "report.html").read_text()
+    assert saved["missing"] == ["lora (attacks)", "lora-fa", "flora"]
+    assert (
+        "Not finished: lora (attacks), lora-fa, flora"
+        in (tmp_path / "out" / "report.html").read_text()
+    )
     with pytest.raises(FolderInUseError, match="--resume"):
         assess(config, tmp_path / "out")
     whole = assess(config, tmp_path / "out", resume=True)

@@ -23,6 +23,7 @@ from lora_privacy.audit import attack_r, lira, rmia, tune_offline_a
 from lora_privacy.core import adapt
 from lora_privacy.data import TextDataset, tickets
 from lora_privacy.errors import DataError, FolderInUseError, StorageError
+from lora_privacy.training import make_private
 
 NAMES = ("reference_log_probs", "reference_members", "population_reference_log_probs", "seeds")
 SMALL: dict[str, Any] = {
@@ -439,3 +440,29 @@ def test_fingerprints_tell_trainings_and_data_apart() -> None:
     ]
     assert len({fit.fingerprint() for fit in fits}) == 5
     assert json.dumps(fits[0].fingerprint())
+
+
+def test_the_noise_of_private_shadows_does_not_tell_how_many_were_in(
+    bert: Callable[[float], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The standard deviation of a step is the same for 7 and for 13 members; q·n would tell."""
+    seen = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        private = make_private(*args, **options)
+        seen.append((private.noise_std, private.sample_rate, len(args[2].dataset)))
+        return private
+
+    monkeypatch.setattr("lora_privacy.assess.private.make_private", watched)
+    config = AssessConfig(
+        model=bert(0.0), methods=("dp-lora-fa",), private_batch_size=10, delta=1e-2, **SMALL
+    )
+    fit = AdapterFit(config, tickets(20, seed=0), tickets(9, seed=0, split="dev"))
+    assert fit.plan is not None
+    for members in (7, 13):
+        fit(1, np.arange(members))
+    assert [members for _, _, members in seen] == [7, 13]
+    assert len({std for std, _, _ in seen}) == 1
+    assert {rate for _, rate, _ in seen} == {0.5}
+    expected = config.max_grad_norm * fit.plan.noise_multiplier / (0.5 * 10)
+    assert seen[0][0] == pytest.approx(expected, rel=2e-3)

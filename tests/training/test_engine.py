@@ -822,3 +822,26 @@ def test_keyed_runs_are_the_same_and_a_denoiser_sees_the_noise() -> None:
     assert {name for name, _ in seen} == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert {std for _, std in seen} == {private.noise_std}
     assert private.noise_std == pytest.approx(1.001 / 40, rel=1e-12)
+
+
+def test_the_divisor_may_be_given_where_the_number_of_records_is_not_public() -> None:
+    """Then the noise of a step is the same for 40 records and for 41; q·N would tell which."""
+    found = {}
+    for given in (None, 10.0):
+        for size in (40, 41):
+            private = make(model_for("dp-sgd"), data=records(size), expected_batch_size=given)
+            found[given, size] = (private.noise_std, private.expected_batch_size)
+    assert found[None, 40] == found[10.0, 40]
+    assert found[None, 41] != found[None, 40]
+    assert found[10.0, 41] == found[10.0, 40]
+    # What is released is what is said: gradients without noise, ten times those of divisor 10.
+    steps = {}
+    for given in (10.0, 1.0):
+        private = make(model_for("dp-sgd"), z=NONE, rate=1.0, expected_batch_size=given)
+        caught = Caught(private)
+        run(private)
+        steps[given] = caught.steps[0]
+    for name, gradient in steps[10.0].items():
+        assert torch.allclose(10 * gradient, steps[1.0][name], rtol=1e-5)
+    with pytest.raises(ValueError, match="expected_batch_size must be positive"):
+        make(model_for("dp-sgd"), expected_batch_size=0.0)

@@ -59,6 +59,10 @@ _EXPECTED = (
     f"Expected a .csv with the columns score,member, or an .npz with {' and '.join(_SCORES)}, or "
     f"with {', '.join(_REFERENCES)} of train_shadows, and {', '.join(_TARGET)} of the target."
 )
+_SHARED = (
+    "the records count as independent, though they share one training run: over runs a rate "
+    "varies more than its interval says"
+)
 _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -332,18 +336,26 @@ def audit(data: Scores | Game, config: AuditConfig) -> LeakageReport:
         raise ValueError("--guesses are those of a one-run audit; add --one-run.")
     threat_model = config.threat_model or NOT_STATED
     share = config.significance / len(scores)
+
+    def stated(rate: RateEstimate) -> RateEstimate:
+        if not config.one_run:
+            return rate
+        return replace(rate, assumptions=(*rate.assumptions, _SHARED))
+
     rates: dict[str, tuple[RateEstimate, RateEstimate | str]] = {}
     for name, values in scores.items():
         area = auc(values, members, significance=share, threat_model=threat_model)
         rates[name] = (
-            area,
+            stated(area),
             _or_reason(
-                lambda values=values: tpr_at_fpr(
-                    values,
-                    members,
-                    fpr=config.fpr,
-                    significance=share,
-                    threat_model=threat_model,
+                lambda values=values: stated(
+                    tpr_at_fpr(
+                        values,
+                        members,
+                        fpr=config.fpr,
+                        significance=share,
+                        threat_model=threat_model,
+                    )
                 )
             ),
         )

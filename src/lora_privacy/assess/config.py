@@ -138,6 +138,8 @@ class AssessConfig:
                 _validate.integer(name, getattr(self, name), 1)
         for name in ("seed", "dynamics_steps", "references", "secrets", "update_games"):
             _validate.integer(name, getattr(self, name), 0)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, as torch takes it, got {self.seed}.")
         _validate.integer("max_length", self.max_length, 2)
         _validate.integer("noise_draws", self.noise_draws, 2, "One draw has no spread.")
         _validate.integer("alternatives", self.alternatives, 1)

@@ -143,9 +143,13 @@ class RunFolder:
                 )
         stamp.parent.mkdir(exist_ok=True)
         if self._overwrite and not (self._resume and self._same(stamp)):
+            if stamp.exists():  # else the folder is not ours, nor are its figures
+                for name in ("shadows", "figures", "tables"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                for name in ("report.html", "report.json", "references.bib"):
+                    (self.path / name).unlink(missing_ok=True)
             for old in stamp.parent.glob("*.json"):
                 old.unlink()
-            shutil.rmtree(self.path / "shadows", ignore_errors=True)
         write_json(stamp, {**self._stamp, "config": self._config.to_dict()})
         (self.path / "config.toml").write_text(self._config.to_toml(), encoding="utf-8")
 

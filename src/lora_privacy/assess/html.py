@@ -12,6 +12,7 @@ from lora_privacy.assess import markup
 from lora_privacy.assess.escaping import html_text, visible
 from lora_privacy.assess.page_sections import SECTIONS, sections
 from lora_privacy.assess.page_style import STYLE
+from lora_privacy.assess.result import NOTICE
 from lora_privacy.assess.tables import main_table
 from lora_privacy.assess.verdicts import (
     Statement,
@@ -33,10 +34,6 @@ __all__ = ["notebook", "render"]
 # Even a tag that slipped through could load and run nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _QUESTION = "Is this private, and how do we know?"
-_NOT_PRIVATE = (
-    "It holds losses, gradient norms, attack results and hashes computed from the training data, "
-    "outside of every guarantee."
-)
 _KINDS = (
     ("Guarantee", "an upper bound on ε with a proof; its assumptions are listed below"),
     ("Law", "how the injected noise is distributed; it bounds no attacker"),
@@ -64,7 +61,7 @@ def render(result: Assessment, figures: Mapping[str, Drawing]) -> str:
             f"<style>{STYLE}</style></head><body>",
             "<a class=skip href=#answer>To the answer</a>",
             "<header><p class=banner><strong>This report is itself not private.</strong> "
-            f"{_NOT_PRIVATE}</p>",
+            f"{NOTICE}</p>",
             f"<h1>LoRA privacy assessment: <bdi>{html_text(title)}</bdi></h1></header>",
             f"<main>{_answer(result)}",
             f"<nav aria-label=Contents><ul>{links}</ul></nav>",
@@ -83,7 +80,7 @@ def notebook(result: Assessment) -> str:
     lines += [f"{one.kind}: {one.text}" for one in readings(result)]
     box = _notebook.box(_QUESTION, [visible(line) for line in lines])
     table = markup.table(main_table(result), "One row a method")
-    return f"{box}{table}{_notebook.box('Not private', [_NOT_PRIVATE, *cautions(result)])}"
+    return f"{box}{table}{_notebook.box('Not private', [NOTICE, *cautions(result)])}"
 
 
 def _answer(result: Assessment) -> str:

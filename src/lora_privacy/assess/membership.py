@@ -10,6 +10,7 @@ import numpy as np
 from lora_privacy.assess.auditing import AuditConfig, Game, LeakageReport, audit
 from lora_privacy.assess.shadows import AdapterFit, Shadows, complete_shadows
 from lora_privacy.audit import roc_curve
+from lora_privacy.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from lora_privacy.assess.config import AssessConfig
     from lora_privacy.assess.noise_plan import NoisePlan
     from lora_privacy.assess.setup import Data
+    from lora_privacy.data import TextDataset
 
-__all__ = ["THREAT_MODEL", "Membership", "attack_membership"]
+__all__ = ["THREAT_MODEL", "Membership", "attack_membership", "audited_data"]
 
 THREAT_MODEL = (
     "black box: the log-probability of a record's true label (or of its text, the mean over "
@@ -86,23 +88,33 @@ def attack_membership(
         plan: Noise of a private method.
         n_jobs: Processes, as ``joblib.Parallel`` takes it.
     """
-    fit = _fit(config, data, plan)
+    train, population = audited_data(config, data)
+    fit = AdapterFit(config, train, population, plan)
     shadows = complete_shadows(
         fit, folder, count=config.references + 1, seed=config.seed, n_jobs=n_jobs
     )
     return _read(shadows, config)
 
 
-def _fit(config: AssessConfig, data: Data, plan: NoisePlan | None) -> AdapterFit:
-    train = data.train
+def audited_data(config: AssessConfig, data: Data) -> tuple[TextDataset, TextDataset]:
+    """The records that the attacks are about, and a population outside of them.
+
+    Raises:
+        DataError: All held-out examples are records too.
+    """
+    train, dev = data.train, data.dev
     if config.audit_records is not None and config.audit_records < len(train):
         train = train.take(config.audit_records, seed=config.seed)
     # A held-out text that is a record too would be a member of the population's own.
     seen = set(zip(train.texts, train.pairs or ("",) * len(train), strict=True))
-    dev = data.dev
     texts = zip(dev.texts, dev.pairs or ("",) * len(dev), strict=True)
     outside = [i for i, text in enumerate(texts) if text not in seen][:_POPULATION]
-    return AdapterFit(config, train, dev.select(outside), plan)
+    if not outside:
+        raise DataError(
+            "every held-out example is a training record too, so that membership attacks have no "
+            "population; name other held-out data, or leave the attacks out with references = 0."
+        )
+    return train, dev.select(outside)
 
 
 def _read(shadows: Shadows, config: AssessConfig) -> Membership:

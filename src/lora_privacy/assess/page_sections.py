@@ -71,8 +71,9 @@ def _privacy(result: Assessment, figures: Mapping[str, Drawing]) -> str:
             markup.table(privacy_table(result), "Privacy of each method"),
             markup.paragraph(
                 "A proved ε is rounded up and one that attacks show is rounded down, both in "
-                "nats. “None” says that no finite ε can be proved. The noise multiplier is the "
-                "noise's standard deviation over the clipping norm; the price is the least that "
+                "nats. A guarantee of “none” says that no finite ε can be proved. The noise "
+                "multiplier is the noise's standard deviation over the clipping norm; the price "
+                "is the least that "
                 f"buys {target}, for a method without noise by its private twin. What is called "
                 "a reading treats the injected noise as Gaussian, fresh and independent, which "
                 "it is not: it bounds nothing, whatever its size."
@@ -92,9 +93,10 @@ def _attacks(result: Assessment, figures: Mapping[str, Drawing]) -> str:
     ]
     if level is not None:
         notes.append(
-            f"Intervals of AUC hold for all membership attacks on a method together at confidence "
-            f"{level}, those of TPR likewise; the lower bound on ε is paid for by all of them, at "
-            f"confidence {level}."
+            "The lower bound on ε is paid for by all membership attacks on a method together, at "
+            f"confidence {level}, and holds although the records share one target. The intervals "
+            f"of AUC hold together at confidence {level} as if records were independent, those of "
+            "TPR likewise; over targets both vary more."
         )
     if any(method.update is not None for method in result.methods):
         notes.append(

@@ -121,9 +121,9 @@ def _evidence(result: Assessment) -> dict[str, Drawing]:
             size=(7.5, 3.2 + 0.16 * len(result.methods)),
             alt=f"Held-out result of each method against its ε: {places}. The bounds are those of "
             "the table of privacy.",
-            caption="What each method scores, against ε. Its true ε lies between the tick, which "
-            "is what attacks show (evidence, at its confidence), and the marker, which is what is "
-            "proved (guarantee). A hollow marker with an arrow to ∞: nothing is proved. Vertical "
+            caption="What each method scores, against ε. The marker is what is proved of it "
+            "(guarantee), the tick what attacks showed of a target trained likewise (evidence, at "
+            "its confidence). A hollow marker with an arrow to ∞: nothing is proved. Vertical "
             "bars: 95 % limits of the accuracy. A line near 0 on the left says that these attacks "
             "showed little, not that ε is small.",
             section="privacy",
@@ -139,9 +139,9 @@ def _evidence(result: Assessment) -> dict[str, Drawing]:
             "for private methods the region that a proof excludes is hatched.",
             caption="Membership attacks. Every curve describes one target's records and stops "
             "where the false positive rate is that of one record; bars at one FPR are limits of "
-            "the TPR that hold for all attacks together. Hatched: proved to be out of reach for "
-            "every attack, known or not; a curve of few records may stray into it, a whole bar in "
-            "it would be a contradiction. Without noise there is no such region.",
+            "the TPR as if records were independent, for all attacks together. Hatched: proved to "
+            "be out of reach for every attack, known or not, on average over targets; the curve "
+            "of one target may stray into it. Without noise there is no such region.",
             section="attacks",
         )
     if attacked or any(method.update is not None for method in result.methods):

@@ -87,10 +87,23 @@ def train_privately(
     recipe: Recipe,
     plan: NoisePlan,
     rows: npt.NDArray[np.int64],
+    expected_batch_size: float | None = None,
     prefix: CachedPrefix | None = None,
     after_epoch: Callable[[], object] | None = None,
 ) -> tuple[list[float], PrivacyBound]:
     """Train ``model`` in place on the records ``rows``; noise and coins are the system's.
+
+    Args:
+        model: As ``recipe`` adapts it.
+        data: Of which ``rows`` are trained on.
+        config: Clip, rates, δ.
+        recipe: A private method.
+        plan: Its noise.
+        rows: Records, at least one.
+        expected_batch_size: Divisor of the noised sums where ``rows`` were drawn, so that their
+            number is not public; None takes q of them.
+        prefix: Cached frozen blocks of ``data``.
+        after_epoch: Called after every pass.
 
     Returns:
         The mean loss of the records of each step that had any, in nats, and the proved bound.
@@ -124,6 +137,7 @@ def train_privately(
         privacy=NoiseMultiplier(plan.noise_multiplier),
         delta=config.delta,
         sample_rate=plan.sample_rate,
+        expected_batch_size=expected_batch_size,
         physical_batch_size=_PART,
         transform=RowScaling(config.max_grad_norm) if recipe.scaling else None,
         denoiser=SingularValueDenoiser() if recipe.denoise else None,

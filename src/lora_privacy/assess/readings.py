@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Readings", "plain_readings", "private_readings"]
 
 _FAILURE = 0.05
+_PUBLIC = (
+    "the number of records and the names of the classes are public: sampling rate, steps, noise "
+    "and the width of the head are computed from them"
+)
 _NO_NOISE = (
     "no noise was added: the projection of a matrix gradient without noise is not (ε, δ)-private "
     "for any finite ε and any δ < 1."
@@ -39,7 +43,8 @@ class Readings:
 
 def private_readings(plan: NoisePlan, delta: float, assumptions: tuple[str, ...]) -> Readings:
     """What is proved of a run that added the noise of ``plan``, under ``assumptions``."""
-    proved = replace(plan.bound(delta), assumptions=assumptions)
+    stated = assumptions if _PUBLIC in assumptions else (*assumptions, _PUBLIC)
+    proved = replace(plan.bound(delta), assumptions=stated)
     return Readings(proved=proved, price=plan)
 
 

@@ -14,6 +14,7 @@ from lora_privacy.assess.cells import (
     rate_cell,
     score_cell,
 )
+from lora_privacy.assess.methods import recipe
 from lora_privacy.assess.tables import (
     Table,
     audited_cell,
@@ -109,7 +110,7 @@ def privacy_table(result: Assessment) -> Table:
             (
                 method.method,
                 proved_cell(method),
-                NONE if plan is None else number(plan.noise_multiplier, 4),
+                NONE if plan is None else number(plan.noise_multiplier, 5),
                 NONE if plan is None else number(plan.sample_rate),
                 NONE if plan is None else f"{plan.steps:,}",
                 audited_cell(method, result),
@@ -144,7 +145,7 @@ def attack_table(result: Assessment) -> Table:
                 membership_cell(method, result, "RMIA", "auc"),
                 membership_cell(method, result, "RMIA", "tpr"),
                 audited_cell(method, result),
-                _update_absent(result) if update is None else rate_cell(update.auc),
+                _update_absent(method, result) if update is None else rate_cell(update.auc),
                 NONE if best is None else at_most(best),
                 "not run" if secrets is None else _bits(secrets, included=True),
                 "not run" if secrets is None else _p_value(secrets.p_value_in),
@@ -313,8 +314,9 @@ def _fpr(result: Assessment) -> float:
     return next(rates, 0.01)
 
 
-def _update_absent(result: Assessment) -> str:
-    return "not finished" if result.config.update_games else "not run"
+def _update_absent(method: MethodResult, result: Assessment) -> str:
+    asked = result.config.update_games and not recipe(method.method).scaling
+    return "not finished" if asked else "not run"
 
 
 def _bits(secrets: SecretsResult, *, included: bool) -> str:

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from lora_privacy.assess.updates import UpdateAttack
     from lora_privacy.dp import ImpliedPrivacy, PrivacyBound
 
-__all__ = ["Assessment", "DataSummary", "MethodResult", "versions", "write_json"]
+__all__ = ["NOTICE", "Assessment", "DataSummary", "MethodResult", "versions", "write_json"]
+
+NOTICE = (
+    "It holds losses, gradient norms, singular values, attack results, class names and hashes "
+    "computed from the training data, and settings with their paths, outside of every guarantee. "
+    "Its seed, with the data, tells the planted secrets and who was in which audited training set."
+)
+"""What stands at the top of every report."""
 
 _PACKAGES = ("lora-privacy", "torch", "numpy", "scipy", "transformers", "peft", "opacus")
 
@@ -149,8 +156,7 @@ class Assessment:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; infinities are the string ``"inf"``."""
         return {
-            "notice": "This report is itself not private: it holds losses, gradient norms and "
-            "hashes of the data.",
+            "notice": f"This report is itself not private. {NOTICE}",
             "config": self.config.to_dict(),
             "model": self.model_name,
             "train": _plain(asdict(self.train)),

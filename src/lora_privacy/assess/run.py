@@ -14,7 +14,7 @@ from lora_privacy.assess.batches import TokenisedDataset
 from lora_privacy.assess.dynamics import check_dynamics
 from lora_privacy.assess.folder import RunFolder
 from lora_privacy.assess.measure import NoiseMeter
-from lora_privacy.assess.membership import Membership, attack_membership
+from lora_privacy.assess.membership import Membership, attack_membership, audited_data
 from lora_privacy.assess.methods import Recipe, recipe
 from lora_privacy.assess.models import model_digest
 from lora_privacy.assess.private import fine_tune_privately, plan_of
@@ -81,6 +81,8 @@ def assess(
         KeyboardInterrupt: Again, after what is finished was written.
     """
     data = load_data(config)
+    if config.references:
+        audited_data(config, data)  # what cannot be attacked is said before the training
     inputs = {
         "train": data.train.sha256,
         "dev": data.dev.sha256,
@@ -108,7 +110,7 @@ def assess(
         ]
         assessment = Assessment(
             config=config,
-            model_name=config.model,
+            model_name=Path(config.model).name if Path(config.model).is_dir() else config.model,
             train=_summary(data.planted),
             dev=_summary(data.dev),
             methods=tuple(finished.values()),

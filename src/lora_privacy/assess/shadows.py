@@ -129,9 +129,10 @@ class Shadows:
 class AdapterFit:
     """The fine-tuning of an assessment, without its measurements.
 
-    A private method trains with the noise, sampling rate and steps of ``plan``, whatever the
-    number of members, so that ``plan`` says what each shadow costs. Its noise is the system's:
-    its shadows are not the same from call to call.
+    A private method trains with the noise, sampling rate, divisor and steps of ``plan``, whatever
+    the number of members, so that ``plan`` says what each shadow costs; but for a shadow without
+    any member, of probability 2⁻ᴺ, which is not trained. Its noise is the system's: its shadows
+    are not the same from call to call.
 
     With ``config.last_layers`` each process runs the frozen blocks below once, for all shadows
     it trains. Each shadow has an A, a head, an order and a dropout of its own.
@@ -198,6 +199,8 @@ class AdapterFit:
                 recipe=method,
                 plan=self.plan,
                 rows=rows,
+                # The same whatever the coins were: the scale of the noise would tell their sum.
+                expected_batch_size=self.plan.sample_rate * self.records / 2,
                 prefix=inside,
             )
         return (

@@ -81,6 +81,8 @@ def trained_from_dict(data: dict[str, Any], config: AssessConfig, examples: int)
     """
     curve = dict(data["curve"])
     curve["scores"] = tuple(Score(**score) for score in curve["scores"])
+    if not curve["scores"]:
+        raise ValueError("a training has no score")
     curve["losses"] = tuple(curve["losses"])
     layers = []
     for layer in data["layers"]:
@@ -88,6 +90,8 @@ def trained_from_dict(data: dict[str, Any], config: AssessConfig, examples: int)
             name: tuple(value) if isinstance(value, list) else value
             for name, value in layer["entry"].items()
         }
+        if not isinstance(layer["layer"], str):
+            raise ValueError("a layer has no name")
         layers.append(LayerNoise(**{**layer, "entry": EntryCheck(**entry)}))
     dynamics = tuple(
         LayerDynamics(**{name: _number(value) for name, value in layer.items()})
@@ -104,7 +108,7 @@ def trained_from_dict(data: dict[str, Any], config: AssessConfig, examples: int)
         method=data["method"],
         trained_parameters=data["trained_parameters"],
         curve=TrainingCurve(**curve),
-        drift=data["drift"],
+        drift=dict(data["drift"]),
         shapes=shapes,
         layers=tuple(layers),
         dynamics=dynamics,

@@ -88,7 +88,7 @@ def proved_cell(method: MethodResult) -> str:
 
 def price_cell(method: MethodResult) -> str:
     """The noise multiplier that would buy the target ε, rounded up."""
-    return "out of reach" if method.price is None else at_most(method.price.noise_multiplier, 4)
+    return "out of reach" if method.price is None else at_most(method.price.noise_multiplier, 5)
 
 
 def implied_cell(reading: ImpliedPrivacy | None) -> str:

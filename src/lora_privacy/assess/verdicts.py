@@ -28,6 +28,7 @@ __all__ = ["Statement", "cautions", "contradictions", "headline", "readings", "s
 Kind = Literal["Guarantee", "No guarantee", "Evidence", "Price", "Reading, not a guarantee"]
 
 _FPR = 0.01
+_MANY_NATS = 20.0  # e²⁰ is half a billion
 _CHECK = 1e-3  # a check that fails by chance less often than this is worth a warning
 _LITTLE = "These attacks found little; that is not to say that there is little to find."
 
@@ -46,7 +47,11 @@ def headline(result: Assessment) -> str:
         return "No method finished, so nothing is said here."
     if contradictions(result):
         return "Do not rely on this page: below, a proof and an attack contradict each other."
-    proved = [m.method for m in result.methods if m.proved.reason is None]
+    proved = [
+        f"{m.method} ε ≤ {at_most(m.proved.epsilon)}"
+        for m in result.methods
+        if m.proved.reason is None
+    ]
     open_ = [m.method for m in result.methods if m.proved.reason is not None]
     delta = result.config.delta
     if not proved:
@@ -54,18 +59,18 @@ def headline(result: Assessment) -> str:
             "No. None of these runs protects its training data by a proved (ε, δ) bound at "
             f"δ = {delta!r}."
         )
-    yes = f"{_and(proved)}: yes, up to the ε stated, which is proved at δ = {delta!r}."
-    return f"{yes} {_and(open_)}: no, nothing is proved." if open_ else yes
+    yes = f"Proved at δ = {delta!r}: {', '.join(proved)}."
+    return f"{yes} Nothing is proved of {_and(open_)}." if open_ else yes
 
 
 def contradictions(result: Assessment) -> tuple[str, ...]:
-    """Where an attack got more than a proof allows: one of both is wrong."""
+    """Where an attack got more than a proof allows: but for chance, one of both is wrong."""
     return tuple(text for method in result.methods for text in _contradictions(method))
 
 
 def cautions(result: Assessment) -> tuple[str, ...]:
     """What a reader must know before quoting a number: scope, composition, failed checks."""
-    found = [*_scope(result), *_composition(result)]
+    found = [*_size(result), *_scope(result), *_composition(result)]
     for method in result.methods:
         value = None if method.secrets is None else method.secrets.p_value_out
         if value is not None and value < _CHECK:
@@ -131,6 +136,8 @@ def _evidence(method: MethodResult, config: AssessConfig) -> Iterator[str]:
         yield "Membership attacks: not run."
     if method.update is not None:
         yield _update(method.update)
+    elif recipe(method.method).scaling:
+        yield "The attack on one update: not run; it does not model row scaling."
     elif config.update_games:
         yield "The attack on one update: not finished."
     if method.secrets is not None:
@@ -176,7 +183,7 @@ def _secrets(found: SecretsResult) -> Iterator[str]:
     most = max(score.most_bits for score in found.scores)
     yield (
         f"{len(inside)} planted secrets are exposed by {median(inside):.2f} of {most:.2f} bits in "
-        f"the median (p ≤ {at_most(found.p_value_in, 2)})."
+        f"the median (p ≤ {at_most(found.p_value_in, 2)}); without memory 1 bit is usual."
     )
 
 
@@ -188,7 +195,8 @@ def _price(method: MethodResult, config: AssessConfig) -> Statement:
     twin = method.method if method.noise is not None else _TWINS[recipe(method.method).base]
     return Statement(
         "Price",
-        f"{target} takes a noise multiplier of {at_most(plan.noise_multiplier, 4)} ({twin}, "
+        f"{target} is proved with a noise multiplier of {at_most(plan.noise_multiplier, 5)} "
+        f"({twin}, "
         f"{plan.steps:,} steps at sampling rate {number(plan.sample_rate)}).",
     )
 
@@ -209,15 +217,37 @@ def _contradictions(method: MethodResult) -> Iterator[str]:
         yield (
             f"{method.method}: membership attacks show ε ≥ {at_least(found.epsilon)} at "
             f"confidence {confidence(found.significance)}, and ε ≤ {at_most(bound.epsilon)} is "
-            "proved. One of both is wrong: the run did not do what the proof assumes, or the "
-            "attack's assumptions fail, or the proof has a mistake."
+            "proved. Chance does that to a right proof with the remaining probability; else the "
+            "run did not do what the proof assumes, or the attack's assumptions fail, or the "
+            "proof has a mistake."
         )
     update = method.update
     if update is not None and update.contradicts and update.best_auc is not None:
         yield (
             f"{method.method}: the attack on one update has AUC ≥ {at_least(update.auc.low)} at "
             f"confidence {confidence(update.auc.significance)}, and at most "
-            f"{at_most(update.best_auc)} is proved. One of both is wrong."
+            f"{at_most(update.best_auc)} is proved. But for chance, one of both is wrong."
+        )
+
+
+def _size(result: Assessment) -> Iterator[str]:
+    """What the numbers ε and δ allow, where that is much."""
+    private = [method.proved for method in result.methods if method.proved.reason is None]
+    if not private:
+        return
+    largest = max(bound.epsilon for bound in private)
+    if largest <= _MANY_NATS:
+        factor = at_most(math.exp(largest))
+        yield (
+            f"ε ≤ {at_most(largest)} means: but for δ, what is published is at most {factor} "
+            "times likelier with a record than without it."
+        )
+    else:
+        yield f"ε ≤ {at_most(largest)} is proved, and hides next to nothing."
+    if result.config.delta >= 1 / result.train.examples:
+        yield (
+            f"δ = {result.config.delta!r} is not below 1/N = 1/{result.train.examples:,}: such a "
+            "bound also holds for a method that publishes a record in full."
         )
 
 
@@ -233,7 +263,8 @@ def _scope(result: Assessment) -> Iterator[str]:
     if secrets:
         yield (
             f"The {result.train.examples:,} records trained on include {secrets} planted secrets; "
-            "a proved ε holds for each of them as for any other record."
+            "a proved ε holds for each of them as for any other record. The number of records is "
+            "taken to be public."
         )
     games = [m.membership for m in result.methods if m.membership is not None]
     if games:

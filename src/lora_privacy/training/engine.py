@@ -95,6 +95,7 @@ def make_private(
     privacy: PrivacyTarget,
     delta: float,
     sample_rate: float | None = None,
+    expected_batch_size: float | None = None,
     adjacency: Adjacency = "add-remove",
     physical_batch_size: int | None = None,
     loss: LossName = "per-sample-mean",
@@ -141,6 +142,9 @@ def make_private(
             finds z and ends the training when its steps are taken.
         delta: δ, in (0, 1), of the target and of ``bound()``.
         sample_rate: q; None takes the loader's batch size over the number of records.
+        expected_batch_size: What the noised sum is divided by, > 0; None takes q·N. Give it, and
+            ``sample_rate``, where N is not public: the noise that a step is seen to have, its
+            standard deviation over this number, would tell N.
         adjacency: Under ``"replace"`` a record is exchanged and moves the sum by 2C.
         physical_batch_size: Most records run at once: larger batches come in parts, and
             ``optimizer.step()``, called after each part, moves the weights after the last one.
@@ -177,6 +181,8 @@ def make_private(
     _validate.inside("delta", delta, 0, 1)
     _validate.choice("adjacency", adjacency, ADJACENCIES)
     _validate.choice("loss", loss, get_args(LossName))
+    if expected_batch_size is not None:
+        _validate.positive("expected_batch_size", expected_batch_size)
     if physical_batch_size is not None:
         physical_batch_size = _validate.integer("physical_batch_size", physical_batch_size, 1)
     if deterministic and secure:
@@ -224,7 +230,7 @@ def make_private(
         method=method,
         delta=float(delta),
         sample_rate=rate,
-        expected_batch_size=rate * len(data_loader.dataset),  # pyright: ignore[reportArgumentType]
+        expected_batch_size=expected_batch_size or rate * len(cast("Any", data_loader.dataset)),
         loss=loss,
         transform=transform,
         denoiser=denoiser,
