@@ -13,31 +13,45 @@ if TYPE_CHECKING:
 
 __all__ = ["figure", "tables"]
 
-LINES = ("lora", "lora-fa", "fixed", "flora")
+LINES = ("lora", "lora-fa", "shared", "fixed", "flora")
 _NONE = "–"
+# Part, quantity, view, digits, heading.
+_COLUMNS = (
+    ("members", "RMIA", "last", 3, "RMIA, last epoch"),
+    ("members", "RMIA", "level", 3, "RMIA, equal loss"),
+    ("members", "LiRA", "level", 3, "LiRA, equal loss"),
+    ("members", "attack-P", "level", 3, "attack-P, equal loss"),
+    ("secrets", "bits", "last", 2, "exposure, last epoch"),
+    ("secrets", "bits", "level", 2, "exposure, equal loss"),
+)
+_HEADINGS = tuple(column[-1] for column in _COLUMNS)
 
 
 def figure(results: dict[str, Any]) -> Figure:
     """AUC and exposure against the rank: after the last epoch, and at equal training loss."""
     members, secrets = results["members"], results["secrets"]
-    fig, axes = plt.subplots(2, 2, figsize=(7.2, 6.2), sharex=True, layout="constrained")
-    panels = (
-        (axes[0, 0], members, "last", "RMIA", f"after {members['epochs']} epochs"),
-        (axes[0, 1], members, "level", "RMIA", f"at training loss {members['level']:g}"),
-        (axes[1, 0], secrets, "last", "bits", f"after {secrets['epochs']} epochs"),
-        (axes[1, 1], secrets, "level", "bits", f"at training loss {secrets['level']:g}"),
-    )
-    for ax, part, view, quantity, title in panels:
-        draw(ax, part["rows"], view, quantity, tuple(results["ranks"]))
-        ax.set_title(title)
-    axes[0, 0].set_ylabel("RMIA, AUC")
-    axes[1, 0].set_ylabel("exposure of secrets, bits of 7")
-    for row in axes:
+    fig, axes = plt.subplots(3, 2, figsize=(7.2, 8.4), layout="constrained")
+    for row, (part, quantity, label) in zip(
+        axes,
+        (
+            (members, "RMIA", "members: AUC of RMIA,\nwhich has references"),
+            (members, "attack-P", "members: AUC of attack-P,\nwhich has none"),
+            (secrets, "bits", "secrets: exposure\nin bits, of 7"),
+        ),
+        strict=True,
+    ):
+        titles = (f"after {part['epochs']} epochs", f"at training loss {part['level']:g}")
+        for ax, view, title in zip(row, ("last", "level"), titles, strict=True):
+            draw(ax, part["rows"], view, quantity, tuple(results["ranks"]))
+            ax.set_title(title)
+        row[0].set_ylabel(label)
         row[1].sharey(row[0])
-    for ax in axes[1]:
+        if part is members:
+            row[0].set_ylim(0.5, 1.0)
+    for ax in axes[-1]:
         ax.set_xlabel("rank")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    fig.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
     return fig
 
 
@@ -52,11 +66,11 @@ def draw(
             ax.axhspan(value["low"], value["high"], color="0.5", alpha=0.15, lw=0)
             ax.axhline(value["mean"], color="black", ls=line, lw=1.2, label=name)
     for number, (method, (colour, marker, line)) in enumerate(zip(LINES, STYLES, strict=False)):
-        kept = [(rank, found[method, rank]) for rank in ranks if found[method, rank] is not None]
+        kept = [(rank, value) for rank in ranks if (value := found.get((method, rank)))]
         if not kept:
             continue
         ax.errorbar(
-            [rank * 1.12 ** (number - 1.5) for rank, _ in kept],  # bars stay apart
+            [rank * 1.12 ** (number - 2) for rank, _ in kept],  # bars stay apart
             [value["mean"] for _, value in kept],
             yerr=[value["high"] - value["mean"] for _, value in kept],
             color=colour, marker=marker, ls=line, lw=1.4, ms=5, capsize=2.5, label=method,
@@ -69,27 +83,30 @@ def draw(
 def tables(results: dict[str, Any]) -> list[str]:
     """The tables of the page, as markdown."""
     members, secrets = results["members"], results["secrets"]
-    return [_members(members), _secrets(secrets), _slopes(members, secrets), _pairs(results)]
+    return [
+        _members(members, "last"), _members(members, "level"), _secrets(secrets),
+        _slopes(results), _pairs(results),
+    ]  # fmt: skip
 
 
-def _members(part: dict[str, Any]) -> str:
-    level = f"at loss {part['level']:g}"
+def _members(part: dict[str, Any], view: str) -> str:
     head = (
-        "method", "rank", "training loss", "training accuracy", "test accuracy", "RMIA, AUC",
-        "TPR at 5 % FPR", "LiRA, AUC", f"RMIA, AUC, {level}", f"LiRA, AUC, {level}",
-        f"test accuracy, {level}",
+        "method", "rank", "rate", "training loss", "training accuracy", "test accuracy",
+        "RMIA, AUC", "TPR at 5 % FPR", "LiRA, AUC", "attack-P, AUC",
     )  # fmt: skip
     rows = []
     for row in part["rows"]:
-        last, same = row["last"], row["level"]
-        rows.append(
-            (
-                *_name(row), f"{last['loss']['mean']:.3f}", _share(last["train_accuracy"]),
-                _share(last["test_accuracy"]), _mean(last["RMIA"], 3), _share(last["tpr"]),
-                _mean(last["LiRA"], 3), _mean(same["RMIA"], 3), _mean(same["LiRA"], 3),
-                _share(same["test_accuracy"]),
-            )
-        )  # fmt: skip
+        found = row[view]
+        if found["RMIA"] is not None:
+            loss = found["loss"]["mean"]
+            rows.append(
+                (
+                    *_name(row), f"{row['rate']:g}", f"{loss:.3f}",
+                    _share(found["train_accuracy"]), _share(found["test_accuracy"]),
+                    _mean(found["RMIA"], 3), _share(found["tpr"]), _mean(found["LiRA"], 3),
+                    _mean(found["attack-P"], 3),
+                )
+            )  # fmt: skip
     return _table(head, rows)
 
 
@@ -113,36 +130,37 @@ def _secrets(part: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
-def _slopes(members: dict[str, Any], secrets: dict[str, Any]) -> str:
-    head = ("method", "compared", "RMIA, AUC", "LiRA, AUC", "exposure, bits")
-    kinds = (members["rmia"], members["lira"], secrets["exposure"])
-    rows = []
-    for number, row in enumerate(members["rmia"]["slopes"]):
-        cells = [
-            _effect(kind["slopes"][number]["slope"], digits)
-            for kind, digits in zip(kinds, (3, 3, 2), strict=True)
-        ]
-        rows.append((row["method"], _view(row["view"]), *cells))
-    return _table(head, rows)
+def _slopes(results: dict[str, Any]) -> str:
+    rows = [(method, *_effects(results, "slopes", "slope", method=method)) for method in LINES]
+    return _table(("method", *_HEADINGS), rows)
 
 
 def _pairs(results: dict[str, Any]) -> str:
-    head = ("difference", "rank", "compared", "RMIA, AUC", "LiRA, AUC", "exposure, bits")
-    members, secrets = results["members"], results["secrets"]
-    kinds = (members["rmia"], members["lira"], secrets["exposure"])
     rows = []
-    for number, row in enumerate(members["rmia"]["differences"]):
-        cells = [
-            _effect(kind["differences"][number]["difference"], digits)
-            for kind, digits in zip(kinds, (3, 3, 2), strict=True)
+    for row in results["members"]["compared"]["RMIA"]["differences"]:
+        if row["view"] == "last":
+            same = {"methods": row["methods"], "rank": row["rank"]}
+            effects = _effects(results, "differences", "difference", **same)
+            rows.append((" − ".join(row["methods"]), str(row["rank"]), *effects))
+    return _table(("difference", "rank", *_HEADINGS), rows)
+
+
+def _effects(
+    results: dict[str, Any],
+    kind: str,
+    name: str,
+    **wanted: Any,  # noqa: ANN401
+) -> list[str]:
+    """One row of ``_COLUMNS``."""
+    cells = []
+    for part, quantity, view, digits, _ in _COLUMNS:
+        rows = [
+            row
+            for row in results[part]["compared"][quantity][kind]
+            if row["view"] == view and all(row[key] == value for key, value in wanted.items())
         ]
-        first, second = row["methods"]
-        rows.append((f"{first} − {second}", str(row["rank"]), _view(row["view"]), *cells))
-    return _table(head, rows)
-
-
-def _view(view: str) -> str:
-    return {"last": "last epoch", "level": "equal loss"}[view]
+        cells.append(_effect(rows[0][name] if rows else None, digits))
+    return cells
 
 
 def _name(row: dict[str, Any]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ and whether all of the weight can move:
     flora    all of it can move, through a projection drawn anew at each step
     fixed    r directions can move, the same in every run: no randomness (the control)
     lora-fa  r directions can move, drawn anew for each run
+    shared   as lora-fa, but one draw serves every run, the references' too
     lora     as lora-fa, but the directions are trained too
     head     the block stays as it was: rank 0
 
@@ -49,13 +50,19 @@ from lora_privacy.data import TextDataset, load, plant_secrets, tickets
 Array: TypeAlias = npt.NDArray[np.float64]
 Setting: TypeAlias = tuple[str, int | None]
 
-RANKED = ("lora", "lora-fa", "fixed", "flora")
+RANKED = ("lora", "lora-fa", "shared", "fixed", "flora")
+PAIRS = (
+    ("shared", "lora-fa"), ("fixed", "lora-fa"), ("fixed", "shared"), ("lora", "full"),
+    ("lora-fa", "full"), ("shared", "full"), ("flora", "full"),
+)  # fmt: skip
+SHARED_SEED = 10**6  # of the one A
 QUICK_RANKS, FULL_RANKS = (1, 8, 64), (1, 4, 16, 64, 256)
 SEED, SEARCH_SEED = 0, 1  # of all coins and trainings; rates were found on the second
 MEMBER_EPOCHS, SECRET_EPOCHS = (3, 5, 7, 10), (1, 3, 12)
 # Where runs are compared at equal training loss, in nats; the search fixed both.
 MEMBER_LEVEL, SECRET_LEVEL = 0.15, 2.0
 MEMBER_BATCH, SECRET_BATCH, MAX_LENGTH, HEAD_RATE = 16, 8, 24, 3e-3
+ATTACKS = ("RMIA", "LiRA", "attack-P")
 FPR = 0.05
 ALTERNATIVES = 127  # at most 7 bits
 TOKENS = 48
@@ -65,6 +72,7 @@ BASE_EPOCHS, BASE_RATE = 6, 3e-3
 # weight has no rank.
 MEMBER_RATES: dict[str, tuple[float, ...]] = {
     "lora": (1e-2, 1.5e-3, 5e-4), "lora-fa": (3e-2, 5e-3, 1.5e-3), "fixed": (3e-2, 5e-3, 1.5e-3),
+    "shared": (3e-2, 5e-3, 1.5e-3),
     "flora": (6e-3, 2.5e-3, 1e-3), "full": (3e-4,), "head": (HEAD_RATE,),
 }  # fmt: skip
 SECRET_RATES: dict[str, tuple[float, ...]] = {
@@ -73,8 +81,11 @@ SECRET_RATES: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-def settings(ranks: tuple[int, ...], alone: tuple[str, ...]) -> list[Setting]:
-    return [*((m, None) for m in alone), *((m, r) for m in RANKED for r in ranks)]
+def settings(
+    ranks: tuple[int, ...], rates: dict[str, tuple[float, ...]], alone: tuple[str, ...]
+) -> list[Setting]:
+    ranked = [method for method in RANKED if method in rates]
+    return [*((m, None) for m in alone), *((m, r) for m in ranked for r in ranks)]
 
 
 def rate_of(rates: dict[str, tuple[float, ...]], method: str, rank: int | None) -> float:
@@ -114,7 +125,8 @@ def prepare(
         for name in where.get("trainable", ()):
             model.get_submodule(name).requires_grad_(True)
         return weights
-    kind: Any = {"fixed": "lora-fa", "head": "lora-fa"}.get(method, method)
+    kind: Any = "lora-fa" if method in ("fixed", "shared", "head") else method
+    seed = SHARED_SEED if method == "shared" else seed
     adapt(model, rank or 1, method=kind, seed=seed, **where)
     if method == "flora":
         return [layer.weight for layer in flora_layers(model).values()]
@@ -415,23 +427,22 @@ def compare(
     quantity: str,
 ) -> dict[str, Any]:
     """Slopes on the rank, and paired differences of methods that share their coins."""
-    pairs = (
-        ("fixed", "lora-fa"), ("fixed", "full"), ("lora-fa", "full"), ("flora", "full"),
-        ("lora", "full"),
-    )  # fmt: skip
     slopes, differences = [], []
+    ranked = [method for method in RANKED if (method, ranks[0]) in by_setting]
     for view in ("last", "level"):
 
         def of(method: str, rank: int | None, view: str = view) -> Array | None:
             return by_setting[method, None if method == "full" else rank][view][quantity]
 
-        for method in RANKED:
+        for method in ranked:
             curves = [of(method, rank) for rank in ranks]
             fitted = None
             if all(curve is not None for curve in curves):
                 fitted = slope(np.stack(curves, axis=1), ranks)  # pyright: ignore[reportArgumentType]
             slopes.append({"view": view, "method": method, "slope": fitted})
-        for first, second in pairs:
+        for first, second in PAIRS:
+            if first not in ranked or second not in (*ranked, "full"):
+                continue
             for rank in ranks:
                 one, other = of(first, rank), of(second, rank)
                 gap = None if one is None or other is None else tested(one - other)
@@ -481,7 +492,7 @@ def member_results(
             {**key, "seed": seed}, lambda: members().train(method, rank, rate, coins, own)
         )
 
-    chosen = settings(ranks, ("head", "full"))
+    chosen = settings(ranks, MEMBER_RATES, ("head", "full"))
     if options.search:
         score = partial(member_loss, run, records=len(train))
         search(chosen, MEMBER_RATES, options.search, score)
@@ -501,7 +512,7 @@ def member_results(
         "shadows": options.shadows, "epochs": MEMBER_EPOCHS[-1], "level": MEMBER_LEVEL,
         "checkpoints": list(MEMBER_EPOCHS), "cpu_seconds": seconds,
         "rows": rows_of(by_setting, MEMBER_RATES), "curves": curves,
-        "rmia": compare(by_setting, ranks, "RMIA"), "lira": compare(by_setting, ranks, "LiRA"),
+        "compared": {name: compare(by_setting, ranks, name) for name in ATTACKS},
     }  # fmt: skip
 
 
@@ -564,7 +575,7 @@ def secret_results(
             {**key, "seed": seed}, lambda: model().train(method, rank, rate, number, seed)
         )
 
-    chosen = settings(ranks, ("full",))
+    chosen = settings(ranks, SECRET_RATES, ("full",))
     if options.search:
         search(chosen, SECRET_RATES, options.search, partial(secret_loss, run))
         return None
@@ -589,7 +600,7 @@ def secret_results(
         "alternatives": ALTERNATIVES, "epochs": SECRET_EPOCHS[-1], "level": SECRET_LEVEL,
         "checkpoints": list(SECRET_EPOCHS), "cpu_seconds": seconds,
         "rows": rows_of(by_setting, SECRET_RATES), "p_values": p_values,
-        "exposure": compare(by_setting, ranks, "bits"),
+        "compared": {"bits": compare(by_setting, ranks, "bits")},
     }  # fmt: skip
 
 
