@@ -366,15 +366,30 @@ def _column(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
+def _one_line(error: BaseException) -> str:
+    """The message without what torch appends to it, in characters that can be printed."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].encode("utf-8", "backslashreplace").decode()
+
+
 @contextlib.contextmanager
 def _named_errors(*, debug: bool, folder: Path | None = None) -> Iterator[None]:
     """One line for a user's mistake, never a traceback; Ctrl-C says where the finished part is."""
     try:
         yield
-    except (LoraPrivacyError, ValueError, TypeError, OSError) as error:
+    # torch says RuntimeError where a number is too large for it, or the memory too small.
+    except (
+        LoraPrivacyError,
+        ValueError,
+        TypeError,
+        OSError,
+        ArithmeticError,
+        MemoryError,
+        RuntimeError,
+    ) as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_one_line(error)}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         if folder is not None:
