@@ -24,6 +24,7 @@ _COLUMNS = (
     ("secrets", "bits", "last", 2, "exposure, last epoch"),
     ("secrets", "bits", "level", 2, "exposure, equal loss"),
 )
+_SETTING = ("method", "rank")
 _HEADINGS = tuple(column[-1] for column in _COLUMNS)
 
 
@@ -90,30 +91,31 @@ def tables(results: dict[str, Any]) -> list[str]:
 
 
 def _members(part: dict[str, Any], view: str) -> str:
+    settings = ("method", "rank", "rate", "training loss") if view == "last" else _SETTING
     head = (
-        "method", "rank", "rate", "training loss", "training accuracy", "test accuracy",
-        "RMIA, AUC", "TPR at 5 % FPR", "LiRA, AUC", "attack-P, AUC",
+        *settings, "training accuracy", "test accuracy", "RMIA, AUC", "TPR at 5 % FPR",
+        "LiRA, AUC", "attack-P, AUC",
     )  # fmt: skip
     rows = []
     for row in part["rows"]:
         found = row[view]
-        if found["RMIA"] is not None:
-            loss = found["loss"]["mean"]
-            rows.append(
-                (
-                    *_name(row), f"{row['rate']:g}", f"{loss:.3f}",
-                    _share(found["train_accuracy"]), _share(found["test_accuracy"]),
-                    _mean(found["RMIA"], 3), _share(found["tpr"]), _mean(found["LiRA"], 3),
-                    _mean(found["attack-P"], 3),
-                )
-            )  # fmt: skip
+        if found["RMIA"] is None:
+            continue
+        rate = (f"{row['rate']:g}", f"{found['loss']['mean']:.3f}") if view == "last" else ()
+        shares = (_share(found[key]) for key in ("train_accuracy", "test_accuracy"))
+        rows.append(
+            (
+                *_name(row), *rate, *shares, _mean(found["RMIA"], 3), _share(found["tpr"]),
+                _mean(found["LiRA"], 3), _mean(found["attack-P"], 3),
+            )
+        )  # fmt: skip
     return _table(head, rows)
 
 
 def _secrets(part: dict[str, Any]) -> str:
     level = f"at loss {part['level']:g}"
     head = (
-        "method", "rank", "training loss", "bits, in", "bits, out", "p, in", "p, out",
+        *_SETTING, "rate", "training loss", "bits, in", "bits, out", "p, in", "p, out",
         f"bits, in, {level}",
     )  # fmt: skip
     p_values = {(row["method"], row["rank"]): row for row in part["p_values"]}
@@ -122,7 +124,8 @@ def _secrets(part: dict[str, Any]) -> str:
         last, p = row["last"], p_values[row["method"], row["rank"]]
         rows.append(
             (
-                *_name(row), f"{last['loss']['mean']:.2f}", _mean(last["bits"], 2),
+                *_name(row), f"{row['rate']:g}", f"{last['loss']['mean']:.2f}",
+                _mean(last["bits"], 2),
                 _mean(last["bits_out"], 2), _p(p["in"]), _p(p["out"]),
                 _mean(row["level"]["bits"], 2),
             )
@@ -131,7 +134,11 @@ def _secrets(part: dict[str, Any]) -> str:
 
 
 def _slopes(results: dict[str, Any]) -> str:
-    rows = [(method, *_effects(results, "slopes", "slope", method=method)) for method in LINES]
+    rows = [
+        (method, *_effects(results, "slopes", "slope", method=method))
+        for method in LINES
+        if method != "shared"  # of one rank
+    ]
     return _table(("method", *_HEADINGS), rows)
 
 
@@ -141,7 +148,8 @@ def _pairs(results: dict[str, Any]) -> str:
         if row["view"] == "last":
             same = {"methods": row["methods"], "rank": row["rank"]}
             effects = _effects(results, "differences", "difference", **same)
-            rows.append((" − ".join(row["methods"]), str(row["rank"]), *effects))
+            if any(effect != _NONE for effect in effects):
+                rows.append((" − ".join(row["methods"]), str(row["rank"]), *effects))
     return _table(("difference", "rank", *_HEADINGS), rows)
 
 
@@ -154,12 +162,12 @@ def _effects(
     """One row of ``_COLUMNS``."""
     cells = []
     for part, quantity, view, digits, _ in _COLUMNS:
-        rows = [
+        (row,) = (
             row
             for row in results[part]["compared"][quantity][kind]
             if row["view"] == view and all(row[key] == value for key, value in wanted.items())
-        ]
-        cells.append(_effect(rows[0][name] if rows else None, digits))
+        )
+        cells.append(_effect(row[name], digits))
     return cells
 
 
