@@ -219,7 +219,7 @@ def unexplained(page: str, raw: dict[str, Any]) -> list[str]:
     cells = " ".join(line for line in page.splitlines() if line.startswith("|"))
     known = np.abs(numbers(raw))
     missing = []
-    for text in set(re.findall(r"(?<![\d.])\d+\.\d+(?: %|e-\d+)?", cells)):
+    for text in set(re.findall(r"(?<![\d.])\d*\.\d+(?: %|e-\d+)?", cells)):
         number, _, rest = text.partition("e-")
         digits = number.removesuffix(" %")
         unit = 0.01 if number.endswith("%") else 10.0 ** -int(rest or 0)
