@@ -40,7 +40,7 @@ def test_laws_of_a_models_shapes_as_json(config: str) -> None:
 def test_laws_as_a_table_say_that_they_are_no_guarantee(config: str) -> None:
     done = CliRunner().invoke(app, ["noise", config])
     assert done.exit_code == 0, done.output
-    assert "| layers.*.self_attn.q_proj, layers.*.self_attn.o_proj | 160 |" in done.output
+    assert "| layers.\\*.self_attn.q_proj, layers.\\*.self_attn.o_proj | 160 |" in done.output
     assert "no guarantee" in done.output
     assert "ε" not in done.output
 
