@@ -85,7 +85,11 @@ def cell_of(trials: Trials, case: Case, seeds: Sequence[int]) -> dict[str, Any]:
     if case.private:
         z = rows[0]["noise_multiplier"]
         projected = case.rank if case.method == "dp-flora" and case.rank else trials.width
-        found |= {"z": z, "z_weights": z * math.sqrt(trials.width / projected)}
+        found |= {
+            "step": rate * clip,
+            "z": z,
+            "z_weights": z * math.sqrt(trials.width / projected),
+        }
         found |= {"proved_epsilon": rows[0]["proved_epsilon"], "trained": rows[0]["trained"]}
     return found
 
@@ -139,6 +143,7 @@ def run(
         "test": len(data.test.labels), "largest_class": 100 * largest, "rate": trials.rate,
         "steps": plan.epochs * round(1 / trials.rate),
         "cells": cells, "differences": differences(cells),
+        "edges": sum(cell["edge"] for cell in cells if cell["epsilon"]),
     }  # fmt: skip
 
 
@@ -147,7 +152,7 @@ def plus_minus(value: float, half: float) -> str:
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """Markdown, by its name on the page: three tables a task."""
+    """Markdown, by its name on the page: four tables a task."""
     return {
         f"{name}, {kind}": table
         for name, task in results["tasks"].items()
@@ -156,7 +161,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 
 def task_tables(task: dict[str, Any]) -> dict[str, str]:
-    """Accuracies by ε, a method and rank a row; differences of methods; noise multipliers."""
+    """Accuracies by ε, a method and rank a row; differences; noise; what tuning chose."""
     epsilons = list(dict.fromkeys(cell["epsilon"] for cell in task["cells"]))
     private = [epsilon for epsilon in epsilons if epsilon is not None]
     rows: dict[tuple[str, int | None], dict[float | None, dict[str, Any]]] = {}
@@ -170,18 +175,25 @@ def task_tables(task: dict[str, Any]) -> dict[str, str]:
         shown = [plus_minus(found[e]["mean"], found[e]["half"]) for e in (*private, None)]
         lines.append([method, str(rank or "–"), *shown])
     noise = [["method", "rank", *head[2:-1]], ["---"] * (len(head) - 1)]
+    chosen = [line.copy() for line in noise]
     for (method, rank), found in rows.items():
+        cells = [found[e] for e in private]
+        steps = [f"{c['step']:.2g} at {c['clip']:g}" for c in cells]
+        chosen.append([method, str(rank or "–"), *steps])
         if method == "dp-lora-fa":
             continue  # the z of dp-sgd
-        shown = [f"{found[e]['z']:.2f}" for e in private]
-        if rank:
-            shown = [f"{found[e]['z']:.2f} ({found[e]['z_weights']:.2f})" for e in private]
+        shown = [f"{c['z']:.2f}" + f" ({c['z_weights']:.2f})" * bool(rank) for c in cells]
         noise.append([method, str(rank or "–"), *shown])
     gaps = [["ε", "rank", "dp-flora − dp-lora-fa", "dp-flora − dp-sgd"], ["---"] * 4]
     for row in task["differences"]:
         shown = [plus_minus(row[m], row[f"{m} half"]) for m in ("dp-lora-fa", "dp-sgd")]
         gaps.append([f"{row['epsilon']:g}", str(row["rank"]), *shown])
-    return {"accuracy": markdown(lines), "differences": markdown(gaps), "noise": markdown(noise)}
+    return {
+        "accuracy": markdown(lines),
+        "differences": markdown(gaps),
+        "noise": markdown(noise),
+        "settings": markdown(chosen),
+    }
 
 
 def draw(ax: Axes, task: dict[str, Any], epsilon: float) -> None:
@@ -215,7 +227,7 @@ def figure(results: dict[str, Any]) -> plt.Figure:
     names = list(tasks)
     drawn, axes = plt.subplots(
         len(names), len(epsilons), squeeze=False, sharey="row", sharex=True,
-        figsize=(2.6 * len(epsilons) + 1, 2.5 * len(names) + 0.9),
+        figsize=(max(6.5, 2.6 * len(epsilons) + 1), 2.5 * len(names) + 0.9),
     )  # fmt: skip
     for row, name in zip(axes, names, strict=True):
         for ax, epsilon in zip(row, epsilons, strict=True):
