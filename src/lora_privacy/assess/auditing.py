@@ -188,7 +188,7 @@ class Game:
         }, truth[kept]
 
 
-_PAPERS = {
+PAPERS = {
     "attack-P": "ye-attacks-2022",
     "attack-R": "ye-attacks-2022",
     "LiRA": "carlini-lira-2022",
@@ -256,7 +256,7 @@ class LeakageReport:
         )
         area, tpr = next(iter(self.rates.values()))
         shown = [area] if isinstance(tpr, str) else [area, tpr]
-        papers = dict.fromkeys(_PAPERS[name] for name in self.rates if name in _PAPERS)
+        papers = dict.fromkeys(PAPERS[name] for name in self.rates if name in PAPERS)
         keys = dict.fromkeys([*papers, *(key for rate in shown for key in rate.references)])
         lines = [
             Table(("attack", "AUC", f"TPR at FPR {self.fpr:g}"), rows).markdown(),
@@ -408,7 +408,7 @@ def _bound(
             threat_model=threat_model,
             adjacency=config.adjacency,
         )
-        papers = (_PAPERS[name],) if name in _PAPERS else ()
+        papers = (PAPERS[name],) if name in PAPERS else ()
         return replace(found, references=(*found.references, *papers))
 
     return at
@@ -486,7 +486,7 @@ def _record(estimate: RateEstimate | LeakageEstimate | str, name: str = "") -> d
     """As JSON, with its citations written out; or the reason why there is none."""
     if isinstance(estimate, str):
         return {"reason": estimate}
-    keys = [*estimate.references, *([_PAPERS[name]] if name in _PAPERS else [])]
+    keys = [*estimate.references, *([PAPERS[name]] if name in PAPERS else [])]
     return {**estimate.to_dict(), "citations": [cite(key) for key in keys]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_privacy.assess.auditing import _PAPERS
+from lora_privacy.assess.auditing import PAPERS
 from lora_privacy.assess.methods import recipe
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _of_attacks(method: MethodResult) -> Iterator[str]:
     if method.membership is not None:
         report = method.membership.report
         for name, rates in report.rates.items():
-            yield _PAPERS[name]
+            yield PAPERS[name]
             yield from (
                 key for rate in rates if not isinstance(rate, str) for key in rate.references
             )

@@ -9,7 +9,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from lora_privacy.assess.result import _plain, versions, write_json
+from lora_privacy.assess.result import plain, versions, write_json
 from lora_privacy.errors import FolderInUseError
 
 if TYPE_CHECKING:
@@ -174,4 +174,4 @@ class RunFolder:
 
 def _digest(data: dict[str, Any]) -> str:
     # In the order of the file: keys that are numbers sort otherwise once they are text.
-    return hashlib.sha256(json.dumps(_plain(data)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(data)).encode()).hexdigest()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lora_privacy.assess.auditing import AuditConfig, Game, LeakageReport, audit
-from lora_privacy.assess.shadows import AdapterFit, Shadows, complete_shadows
+from lora_privacy.assess.shadows import AdapterFit, Shadows, complete_shadows, examples_of
 from lora_privacy.audit import roc_curve
 from lora_privacy.errors import DataError
 
@@ -106,9 +106,8 @@ def audited_data(config: AssessConfig, data: Data) -> tuple[TextDataset, TextDat
     if config.audit_records is not None and config.audit_records < len(train):
         train = train.take(config.audit_records, seed=config.seed)
     # A held-out text that is a record too would be a member of the population's own.
-    seen = set(zip(train.texts, train.pairs or ("",) * len(train), strict=True))
-    texts = zip(dev.texts, dev.pairs or ("",) * len(dev), strict=True)
-    outside = [i for i, text in enumerate(texts) if text not in seen][:_POPULATION]
+    seen = set(examples_of(train))
+    outside = [i for i, one in enumerate(examples_of(dev)) if one not in seen][:_POPULATION]
     if not outside:
         raise DataError(
             "every held-out example is a training record too, so that membership attacks have no "

@@ -118,7 +118,7 @@ class MethodResult:
             part = getattr(self, name)
             data[name] = None if part is None else part.to_dict()
         data["spectra"] = [layer.to_dict() for layer in self.spectra]
-        return _plain(data)
+        return plain(data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +159,8 @@ class Assessment:
             "notice": f"This report is itself not private. {NOTICE}",
             "config": self.config.to_dict(),
             "model": self.model_name,
-            "train": _plain(asdict(self.train)),
-            "dev": _plain(asdict(self.dev)),
+            "train": plain(asdict(self.train)),
+            "dev": plain(asdict(self.dev)),
             "methods": [method.to_dict() for method in self.methods],
             "missing": list(self.missing),
             "environment": self.environment,
@@ -221,16 +221,16 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write ``data`` whole or not at all: a crash leaves the file that was there before."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_plain(data), indent=1, allow_nan=False), encoding="utf-8")
+    temporary.write_text(json.dumps(plain(data), indent=1, allow_nan=False), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def plain(value: Any) -> Any:  # noqa: ANN401
     """JSON has no infinity: write it as a string; NaN has no place in a report."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value

@@ -44,6 +44,7 @@ __all__ = [
     "Shadows",
     "coins_of",
     "complete_shadows",
+    "examples_of",
     "forget_prefix",
     "train_shadows",
 ]
@@ -164,7 +165,7 @@ class AdapterFit:
             model = build_model(method, self.config, len(self.train.classes))[0]
             plan = plan_of(method, self.config, len(self.train), model)
             object.__setattr__(self, "plan", plan)
-        shared = _examples(self.train) & _examples(self.population)
+        shared = set(examples_of(self.train)) & set(examples_of(self.population))
         if shared:
             raise DataError(
                 f"{len(shared)} examples of the population are records too, such as "
@@ -397,8 +398,9 @@ def _hash(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _examples(data: TextDataset) -> set[tuple[str, str]]:
-    return set(zip(data.texts, data.pairs or ("",) * len(data), strict=True))
+def examples_of(data: TextDataset) -> list[tuple[str, str]]:
+    """Each example as its text and its second text, which is empty where there is none."""
+    return list(zip(data.texts, data.pairs or ("",) * len(data), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
