@@ -86,6 +86,21 @@ def test_the_check_of_links_sees_a_broken_one() -> None:
     assert _broken(CLAIMS, text) == ["no.md", "../results.md#no"]
 
 
+def _unended_tables(text: str) -> list[str]:
+    """Lines that stand right behind a table: Markdown reads them as one more row."""
+    prose = re.sub(r"^```[^`]*^```|^    .*$", "", text, flags=re.MULTILINE)
+    return re.findall(r"^\|.*\n([^|\n].*)$", prose, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_ends_with_an_empty_line(page: str) -> None:
+    assert _unended_tables((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_the_check_of_tables_sees_text_that_would_become_a_row() -> None:
+    assert _unended_tables("| a |\n|---|\n| b |\nThen.\n\n```text\n| c |\n...\n```\n") == ["Then."]
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     docs = ROOT / "docs"
     blocks = re.findall(r"```\{toctree\}(.*?)```", (docs / "index.md").read_text(), re.DOTALL)
