@@ -89,7 +89,7 @@ def test_the_check_of_links_sees_a_broken_one() -> None:
 def _unended_tables(text: str) -> list[str]:
     """Lines that stand right behind a table: Markdown reads them as one more row."""
     prose = re.sub(r"^```[^`]*^```|^    .*$", "", text, flags=re.MULTILINE)
-    return re.findall(r"^\|.*\n([^|\n].*)$", prose, re.MULTILINE)
+    return re.findall(r"^\|.*\|\n([^|\n].*)$", prose, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
