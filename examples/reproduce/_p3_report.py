@@ -188,8 +188,8 @@ def _arm_tables(rows: list[Row]) -> list[str]:
     for task in dict.fromkeys(row["task"] for row in rows):
         lines = [
             "| ε | trained | denoiser | steps to 90 % | difference | steps to 95 % | difference "
-            "| mean over training | difference | final | dev | difference of dev |",
-            "|" + "---|" * 12,
+            "| mean over training | difference | final | difference | dev | difference |",
+            "|" + "---|" * 13,
         ]
         for row in rows:
             if row["task"] != task:
@@ -200,8 +200,7 @@ def _arm_tables(rows: list[Row]) -> list[str]:
                 cells.append(interval(row["differences"].get(name), 1))
             for name in ("mean", "final", "dev"):
                 cells.append(f"{100 * np.mean(row['values'][name]):.1f}")
-                if name != "final":
-                    cells.append(interval(row["differences"].get(name), 1, scale=100))
+                cells.append(interval(row["differences"].get(name), 1, scale=100))
             lines.append("| " + " | ".join(cells) + " |")
         tables.append("\n".join(lines))
     return tables
