@@ -55,6 +55,11 @@ def mean(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f} ± {100 * error:.1f}"
 
 
+def points(value: float) -> str:
+    """A difference in points, with its sign, to one decimal."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
 def settings() -> dict[str, str]:
     """What the exact statements are computed for."""
     versions = {f"{name} version": version for name, version in COMPARED.items()}
@@ -140,31 +145,64 @@ def attacks() -> dict[str, str]:
 
 
 def private_training() -> dict[str, str]:
-    """DP-LoRA of MiniLM on SST-2, and heads trained by DP-SGD and by DP-FLoRA on TREC."""
+    """DP-LoRA of MiniLM on SST-2."""
     wanted = {"task": "sst2", "method": "dp-lora", "delta": DELTA}
-    text = [run for run in _lines("private_text") if wanted.items() <= run.items()]
-    heads = [run for run in _lines("private_head") if run["key"]["stage"] == "final"]
+    runs = [run for run in _lines("private_text") if wanted.items() <= run.items()]
+    return {
+        "text epsilon": up(max(run["epsilon"] for run in runs), 2),
+        "text runs": f"{len(runs)}",
+        "text accuracy": mean([run["accuracy"] for run in runs]),
+    }
 
-    def accuracy(method: str, epsilon: float, rank: int | None) -> list[float]:
-        wanted = {"method": method, "epsilon": epsilon, "rank": rank, "optimizer": "sgd"}
-        return [run["accuracy"] for run in heads if wanted.items() <= run["key"].items()]
 
-    ranks = sorted({run["key"]["rank"] for run in heads if run["key"]["method"] == "dp-flora"})
-    levels = sorted({run["key"]["epsilon"] for run in heads if run["key"]["epsilon"]})
-    gaps = [
-        100 * (statistics.mean(accuracy("dp-flora", level, rank)) - statistics.mean(plain))
-        for level in levels
-        for plain in [accuracy("dp-sgd", level, None)]
-        for rank in ranks
+def equal_epsilon() -> dict[str, str]:
+    """P2's comparison: DP-FLoRA over a frozen A, and over DP-SGD, in points of accuracy."""
+    raw = _json("p2-accuracy")
+    rows = [row for task in raw["tasks"].values() for row in task["differences"]]
+    frozen, plain = ([row[method] for row in rows] for method in ("dp-lora-fa", "dp-sgd"))
+    return {
+        "frozen least": points(min(frozen)),
+        "frozen most": points(max(frozen)),
+        "plain least": points(min(plain)),
+        "plain most": points(max(plain)),
+        "head settings": f"{len(rows)}",
+        "head runs": f"{len(raw['plan']['seeds'])}",
+    }
+
+
+def leakage() -> dict[str, str]:
+    """RMIA's AUC after the last epoch, of LoRA and of a projection that is not random."""
+    raw = _json("p1-leakage")
+    auc = {
+        (row["method"], row["rank"]): row["last"]["RMIA"]["mean"] for row in raw["members"]["rows"]
+    }
+    small, large = min(raw["ranks"]), max(raw["ranks"])
+    return {
+        "small rank": f"{small}",
+        "large rank": f"{large}",
+        "small rank auc": f"{auc['lora', small]:.3f}",
+        "large rank auc": f"{auc['lora', large]:.3f}",
+        "small control auc": f"{auc['fixed', small]:.3f}",
+        "large control auc": f"{auc['fixed', large]:.3f}",
+    }
+
+
+def denoising() -> dict[str, str]:
+    """P3: the cosine that gains most at one step, and what that gives in training."""
+    found = _json("p3-denoising")["summary"]
+    best = max(found["cosines"], key=lambda row: row["gains"]["frobenius"]["mean"])["found"]
+    # Fewer steps are a gain, and a smaller accuracy a loss: each interval as a gain.
+    gains = [
+        (-gap["high"], -gap["low"]) if measure.startswith("steps") else (gap["low"], gap["high"])
+        for arm in found["arms"]
+        for measure, gap in arm["differences"].items()
     ]
     return {
-        "text epsilon": up(max(run["epsilon"] for run in text), 2),
-        "text runs": f"{len(text)}",
-        "text accuracy": mean([run["accuracy"] for run in text]),
-        "head settings": f"{len(gaps)}",
-        "head worst": f"{min(gaps):+.1f}".replace("-", "−"),
-        "head best": f"{max(gaps):+.1f}".replace("-", "−"),
-        "head runs": f"{len(accuracy('dp-sgd', levels[0], None))}",
+        "noised cosine": f"{best['none']:.3f}",
+        "restored cosine": f"{best['frobenius']:.3f}",
+        "arm intervals": f"{len(gains)}",
+        "arm losses": f"{sum(high < 0 for _, high in gains)}",
+        "arm gains": f"{sum(low > 0 for low, _ in gains)}",
     }
 
 
@@ -176,6 +214,9 @@ SOURCES: tuple[Callable[[], dict[str, str]], ...] = (
     projected_vectors,
     attacks,
     private_training,
+    equal_epsilon,
+    leakage,
+    denoising,
 )
 _ENTRIES = ("peak", "median")
 

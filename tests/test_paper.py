@@ -207,16 +207,50 @@ def test_measured_numbers_are_those_of_their_pages(name: str, numbers: dict[str,
     assert abs(value(numbers[name]) - found(page, pattern)) <= unit * (1 + 1e-9)
 
 
-def test_heads_against_the_table_of_their_page(numbers: dict[str, str]) -> None:
-    """The largest gaps between dp-flora and dp-sgd, from the page's printed means."""
-    gaps = []
-    for part in read("docs/results-private-head.md").split("### ε = ")[1:]:
-        plain, *_ = re.findall(r"\| dp-sgd \| – \| ([\d.]+) ", part)
-        fresh = re.findall(r"\| dp-flora \| \d+ \| ([\d.]+) ", part)[:3]
-        gaps += [float(one) - float(plain) for one in fresh]
-    assert len(gaps) == value(numbers["head settings"])
-    assert value(numbers["head worst"]) == pytest.approx(min(gaps), abs=0.051)
-    assert value(numbers["head best"].lstrip("+")) == pytest.approx(max(gaps), abs=0.051)
+def rows_of(page: str, start: str) -> list[list[str]]:
+    """Cells of the rows of a page's tables that begin with ``start``."""
+    lines = read(f"docs/reproduction/{page}.md").splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith(start)]
+
+
+def test_equal_epsilon_against_the_tables_of_its_page(numbers: dict[str, str]) -> None:
+    """The extremes of the differences that the page prints, 0.2 | 16 | fa ± | sgd ±."""
+    rows = [row for row in rows_of("p2-accuracy", "| 0.") if len(row) == 4]
+    frozen, plain = ([value(row[column]) for row in rows] for column in (2, 3))
+    assert len(rows) == value(numbers["head settings"])
+    printed = [
+        numbers[f"{kind} {end}"] for kind in ("frozen", "plain") for end in ("least", "most")
+    ]
+    shown = [min(frozen), max(frozen), min(plain), max(plain)]
+    assert [value(text.lstrip("+")) for text in printed] == pytest.approx(shown, abs=1e-9)
+
+
+def test_leakage_against_the_table_of_its_page(numbers: dict[str, str]) -> None:
+    """RMIA's column of the first table; the smallest and the largest rank."""
+    table = {
+        (row[0], row[1]): row[6] for row in reversed(rows_of("p1-leakage", "| ")) if len(row) == 10
+    }
+    for rank, name in (("1", "small"), ("64", "large")):
+        assert numbers[f"{name} rank"] == rank
+        assert table["lora", rank].split(" ± ")[0] == numbers[f"{name} rank auc"]
+        assert table["fixed", rank].split(" ± ")[0] == numbers[f"{name} control auc"]
+
+
+def test_denoising_against_the_tables_of_its_page(numbers: dict[str, str]) -> None:
+    """The whole value matrix at ε = 8, and the page's intervals that exclude 0."""
+    [row] = [row for row in rows_of("p3-denoising", "| 8") if row[2] == "value, W, 384 × 384"]
+    assert (row[5], row[7]) == (numbers["noised cosine"], numbers["restored cosine"])
+    shrinkers = ("`frobenius`", "`debias`", "`partial`")
+    arms = [row for row in rows_of("p3-denoising", "| ") if row[2:] and row[2] in shrinkers]
+    gaps = [
+        (sign, *map(float, re.findall(r"\[(-?[\d.]+), (-?[\d.]+)\]", cell)[0]))
+        for row in arms
+        for sign, cell in zip((-1, -1, 1, 1, 1), row[4::2], strict=True)
+    ]
+    outside = [sign * low for sign, low, high in gaps if low * high > 0]
+    assert len(gaps) == value(numbers["arm intervals"])
+    assert sum(gain < 0 for gain in outside) == value(numbers["arm losses"])
+    assert sum(gain > 0 for gain in outside) == value(numbers["arm gains"])
 
 
 @pytest.mark.parametrize(
