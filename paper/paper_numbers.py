@@ -56,8 +56,8 @@ def mean(values: list[float]) -> str:
 
 
 def points(value: float) -> str:
-    """A difference in points, with its sign, to one decimal."""
-    return f"{value:+.1f}".replace("-", "−")
+    """A difference in points, with its sign, to one decimal, as LaTeX."""
+    return f"${value:+.1f}$"
 
 
 def settings() -> dict[str, str]:
@@ -113,7 +113,7 @@ def noise_study() -> dict[str, str]:
         "exact rejected": f"{sum(entry['ks_exact'] > raw['band'] for entry in entries)}",
         "gaussian rejected": f"{sum(entry['ks_published'] > raw['band'] for entry in entries)}",
         "least reading": up(min(readings), 3),
-        "largest reading": "∞" if max(readings) == math.inf else up(max(readings), 3),
+        "largest reading": r"$\infty$" if max(readings) == math.inf else up(max(readings), 3),
     }
 
 
