@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test examples reproduce assessments lint format types layers unit bench soundness docs clean help
+.PHONY: demo test examples reproduce assessments lint format types layers unit bench soundness mutation docs clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -75,6 +75,10 @@ bench: $(STAMPS)/dev $(STAMPS)/demo-model  ## benchmarks: ratios with intervals,
 
 soundness: $(STAMPS)/dev  ## no accountant below a certified lower end, on 10,000 random ledgers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soundness.py
+
+mutation: $(STAMPS)/dev  ## break 400 lines of noise and dp, and see whether a test fails; in an hour
+	@$(BIN)/pip install -q -c constraints.txt -e '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py
 
 docs: $(STAMPS)/docs  ## build the documentation site to build/docs; not part of CI
 	@$(BIN)/sphinx-build -q -W --keep-going -b html -d build/doctrees docs build/docs
