@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from lora_privacy.dp.result import at_most
+from lora_privacy._digits import at_most
 from lora_privacy.noise import EntryNoise, tv_to_gaussian
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["REFERENCES", "Reference", "bibtex", "cite"]
+__all__ = ["REFERENCES", "Reference", "bibtex", "check_keys", "cite"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -381,9 +381,15 @@ def bibtex(*keys: str) -> str:
     return "\n\n".join(_get(key).bibtex() for key in (keys or tuple(REFERENCES)))
 
 
+def check_keys(*keys: str) -> None:
+    """Raise ValueError for an unknown key: now, not when a paper is written."""
+    for key in keys:
+        if key not in REFERENCES:
+            raise ValueError(
+                f"{key!r} is no reference of this library; known: {', '.join(REFERENCES)}."
+            )
+
+
 def _get(key: str) -> Reference:
-    if key not in REFERENCES:
-        raise ValueError(
-            f"{key!r} is no reference of this library; known: {', '.join(REFERENCES)}."
-        )
+    check_keys(key)
     return REFERENCES[key]

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_privacy._digits import round_down, round_up
 from lora_privacy.audit import LeakageEstimate, RateEstimate
-from lora_privacy.audit.result import confidence, round_down, round_up
+from lora_privacy.audit.result import confidence
 
 ESTIMATE = LeakageEstimate(
     epsilon=1.23456789,

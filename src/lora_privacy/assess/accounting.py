@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_privacy import _validate
+from lora_privacy._digits import at_most
 from lora_privacy.assess.tables import Table
 from lora_privacy.dp import (
     GaussianEvent,
@@ -19,7 +20,6 @@ from lora_privacy.dp import (
     calibrate_steps,
 )
 from lora_privacy.dp.curve import PrivacyCurve, privacy_curve
-from lora_privacy.dp.result import at_most
 from lora_privacy.errors import UnsupportedEventError
 from lora_privacy.references import cite
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
+from lora_privacy._digits import round_down, round_up
 from lora_privacy.assess.arrays import array_names, read_arrays
 from lora_privacy.assess.tables import Table
 from lora_privacy.audit import (
@@ -33,8 +34,6 @@ from lora_privacy.audit.result import (
     NOT_STATED,
     Adjacency,
     confidence,
-    round_down,
-    round_up,
 )
 from lora_privacy.errors import DataError
 from lora_privacy.references import cite

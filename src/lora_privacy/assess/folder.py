@@ -9,7 +9,8 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from lora_privacy.assess.result import plain, versions, write_json
+from lora_privacy._plain import plain
+from lora_privacy.assess.result import versions, write_json
 from lora_privacy.errors import FolderInUseError
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_privacy._plain import plain
 from lora_privacy.references import bibtex
 
 if TYPE_CHECKING:
@@ -223,14 +223,3 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(plain(data), indent=1, allow_nan=False), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401
-    """JSON has no infinity: write it as a string; NaN has no place in a report."""
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value

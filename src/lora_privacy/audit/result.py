@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from decimal import Decimal
 from typing import Any, Literal, Self, cast, get_args
 
 from lora_privacy import _notebook, _validate
+from lora_privacy._digits import round_down, round_up
 from lora_privacy._notebook import Listed, Part
-from lora_privacy.references import REFERENCES, cite
+from lora_privacy._plain import plain_fields
+from lora_privacy.references import check_keys, cite
 
 __all__ = ["CAVEAT", "NOT_STATED", "Adjacency", "LeakageEstimate", "RateEstimate"]
 
@@ -93,7 +95,7 @@ class LeakageEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields."""
-        return {"kind": _LOWER_BOUND, **_plain(self), "caveat": CAVEAT}
+        return {"kind": _LOWER_BOUND, **plain_fields(self), "caveat": CAVEAT}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -163,7 +165,7 @@ class RateEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields."""
-        return {"kind": _RATE, **_plain(self), "caveat": CAVEAT}
+        return {"kind": _RATE, **plain_fields(self), "caveat": CAVEAT}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -189,20 +191,6 @@ class RateEstimate:
         ]
 
 
-def round_down(value: float) -> str:
-    """``value`` in decimal with six significant digits, never above ``value``.
-
-    >>> round_down(0.99999999)
-    '0.999999'
-    """
-    return _rounded(value, ROUND_FLOOR)
-
-
-def round_up(value: float) -> str:
-    """``value`` in decimal with six significant digits, never below ``value``."""
-    return _rounded(value, ROUND_CEILING)
-
-
 def confidence(significance: float) -> str:
     """One minus the significance, exact in decimal: 1 - 1e-12 must not print as 1.
 
@@ -210,14 +198,6 @@ def confidence(significance: float) -> str:
     ('0.95', '0.999999999999')
     """
     return f"{1 - Decimal(repr(significance)):f}"
-
-
-def _rounded(value: float, rounding: str) -> str:
-    exact = Decimal(value)
-    if exact == 0 or not exact.is_finite():
-        return f"{value:g}"
-    digit = Decimal(1).scaleb(exact.adjusted() - 5)
-    return f"{exact.quantize(digit, rounding=rounding).normalize():g}"
 
 
 def _check_common(result: LeakageEstimate | RateEstimate) -> None:
@@ -229,19 +209,7 @@ def _check_common(result: LeakageEstimate | RateEstimate) -> None:
         raise ValueError(
             "threat_model must say what the attacker sees and chooses, got an empty text."
         )
-    if any(key not in REFERENCES for key in result.references):
-        cite(*result.references)  # raises, and names the key
-
-
-def _plain(result: LeakageEstimate | RateEstimate) -> dict[str, Any]:
-    """Fields as JSON types; an infinite ceiling is the string ``"inf"``."""
-    return {field.name: _jsonable(getattr(result, field.name)) for field in fields(result)}
-
-
-def _jsonable(value: object) -> object:
-    if isinstance(value, tuple):
-        return list(cast("tuple[str, ...]", value))
-    return "inf" if value == math.inf else value
+    check_keys(*result.references)
 
 
 def _restored(

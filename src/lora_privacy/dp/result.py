@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from decimal import ROUND_CEILING, Decimal
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from lora_privacy import _notebook, _validate
+from lora_privacy._digits import round_up
 from lora_privacy._notebook import Listed, Part
-from lora_privacy.references import REFERENCES, cite
+from lora_privacy._plain import plain_fields
+from lora_privacy.references import check_keys, cite
 
 __all__ = [
     "CAVEATS",
@@ -69,7 +70,7 @@ class PrivacyBound:
         _validate.choice("adjacency", self.adjacency, ADJACENCIES)
         if not (self.delta == 1 and self.reason):
             _validate.inside("delta", self.delta, 0, 1, "δ = 1 holds for every mechanism.")
-        _check_references(self.references)
+        check_keys(*self.references)
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -78,7 +79,7 @@ class PrivacyBound:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields; an infinite ε is the string ``"inf"``, which ``float`` reads back."""
-        return {"kind": "guarantee", **_plain(self), "caveats": list(self.caveats)}
+        return {"kind": "guarantee", **plain_fields(self), "caveats": list(self.caveats)}
 
     def __str__(self) -> str:
         """A paragraph to paste; ε is rounded up in its last digit, δ is printed in full."""
@@ -146,11 +147,11 @@ class ImpliedPrivacy:
                 "failing_assumptions must name at least one: a reading whose assumptions all held "
                 "would be a guarantee, and this type is none."
             )
-        _check_references(self.references)
+        check_keys(*self.references)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields; an infinite ε is the string ``"inf"``, which ``float`` reads back."""
-        return {"kind": "heuristic reading, not a guarantee", **_plain(self)}
+        return {"kind": "heuristic reading, not a guarantee", **plain_fields(self)}
 
     def __str__(self) -> str:
         """A paragraph to paste. It opens by saying what it is not."""
@@ -218,11 +219,11 @@ class PairDivergence:
                 f"backward = {self.backward!r}, got {self.epsilon!r}."
             )
         _validate.inside("delta", self.delta, 0, 1)
-        _check_references(self.references)
+        check_keys(*self.references)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields; an infinite ε is the string ``"inf"``, which ``float`` reads back."""
-        return {"kind": "divergence of one pair, not a guarantee", **_plain(self)}
+        return {"kind": "divergence of one pair, not a guarantee", **plain_fields(self)}
 
     def __str__(self) -> str:
         """A paragraph to paste. It opens by saying what it is not."""
@@ -259,48 +260,7 @@ def bound_parts(bound: PrivacyBound) -> list[Part]:
     ]
 
 
-def round_up(value: float) -> str:
-    """``value`` in decimal with six significant digits, never below ``value``.
-
-    >>> round_up(1.00000001)
-    '1.00001'
-    """
-    exact = Decimal(value)
-    if exact == 0 or not exact.is_finite():
-        return f"{value:g}"
-    digit = Decimal(1).scaleb(exact.adjusted() - 5)
-    return f"{exact.quantize(digit, rounding=ROUND_CEILING).normalize():g}"
-
-
-def at_most(value: float) -> str:
-    """``value`` in up to six significant digits, never below it.
-
-    >>> at_most(1e-5), at_most(0.16144097)
-    ('1e-05', '0.161441')
-    """
-    short = f"{value:.6g}"
-    return short if float(short) >= value else round_up(value)
-
-
 def _check_epsilon(epsilon: float, reason: str | None) -> None:
     _validate.between("epsilon", epsilon, 0, math.inf, "An ε is never NaN and never negative.")
     if math.isinf(epsilon) and not reason:
         raise ValueError("reason must say why epsilon is infinite, got none.")
-
-
-def _check_references(keys: tuple[str, ...]) -> None:
-    if any(key not in REFERENCES for key in keys):
-        cite(*keys)  # raises, and names the key
-
-
-def _plain(result: PrivacyBound | ImpliedPrivacy | PairDivergence) -> dict[str, Any]:
-    """Fields as JSON types; ``dataclasses.asdict`` keeps tuples and infinities."""
-    return {field.name: _jsonable(getattr(result, field.name)) for field in fields(result)}
-
-
-def _jsonable(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_jsonable(item) for item in cast("tuple[object, ...]", value)]
-    if isinstance(value, float) and math.isinf(value):
-        return "inf"
-    return value

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_privacy import _notebook, _validate
+from lora_privacy._digits import at_most
+from lora_privacy._plain import plain_fields
 from lora_privacy.errors import NonFiniteError
-from lora_privacy.references import cite
+from lora_privacy.references import check_keys, cite
 
 __all__ = ["Distance", "Metric", "round_up"]
 
@@ -59,18 +61,18 @@ class Distance:
             )
         _validate.between("value", self.value, 0.0, math.inf)
         _validate.between("error", self.error, 0.0, math.inf)
-        cite(*self.references)  # an unknown key must fail here, not when a paper is written
+        check_keys(*self.references)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self) | {"references": list(self.references)}
+        return plain_fields(self)
 
     def __str__(self) -> str:
         """One sentence for a paper; an upper bound is printed rounded up."""
         unit = " nats" if "nats" in self.metric else ""
         name = self.metric.removesuffix(", nats")
         if self.kind == "upper bound":
-            size = f"≤ {_ceil_digits(self.value)}{unit} (proved upper bound, {self.method})"
+            size = f"≤ {at_most(self.value)}{unit} (proved upper bound, {self.method})"
         else:
             size = f"= {self.value:.6g}{unit} (±{self.error:.0e}, {self.method})"
         return f"{name} of {self.law} to {self.reference} {size}; {cite(*self.references)}"
@@ -82,12 +84,3 @@ class Distance:
 def round_up(value: float) -> float:
     """``value`` plus a relative margin for rounding; what leaves as an upper bound passes here."""
     return math.nextafter(value * (1.0 + _MARGIN), math.inf)
-
-
-def _ceil_digits(value: float, digits: int = 6) -> str:
-    """``value`` in ``digits`` significant digits, never printed below itself."""
-    text = f"{value:.{digits}g}"
-    if float(text) < value:
-        step = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
-        text = f"{float(text) + step:.{digits}g}"
-    return text

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from lora_privacy import _notebook, _validate
+from lora_privacy._plain import plain_fields
 from lora_privacy.errors import DataError, UnsupportedLayerError
 from lora_privacy.noise.bounds import tv_bound
 from lora_privacy.noise.entry import EntryNoise
@@ -85,7 +86,7 @@ class LawsRow:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self) | {"layers": list(self.layers)}
+        return plain_fields(self)
 
     def _repr_html_(self) -> str:
         return _notebook.table(_KIND, [self.to_dict()], _NOTE)
