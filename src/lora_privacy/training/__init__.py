@@ -22,9 +22,10 @@ if TYPE_CHECKING:
         denoise,
         predicted_cosine,
     )
-    from lora_privacy.training.engine import PrivateTraining, make_private
+    from lora_privacy.training.engine import make_private
     from lora_privacy.training.guard import WeightDeltaGuard, preflight
     from lora_privacy.training.privacy import NoiseMultiplier, TargetEpsilon
+    from lora_privacy.training.private_training import PrivateTraining
     from lora_privacy.training.recorder import SampleRecorder
     from lora_privacy.training.trainer import PrivacyArguments, PrivateTrainer
 
@@ -61,7 +62,7 @@ __getattr__, __dir__ = attach(
         "NoiseMultiplier": "privacy",
         "PrivacyArguments": "trainer",
         "PrivateTrainer": "trainer",
-        "PrivateTraining": "engine",
+        "PrivateTraining": "private_training",
         "RowScaling": "clipping",
         "SampleRecorder": "recorder",
         "SingularValueDenoiser": "denoising",

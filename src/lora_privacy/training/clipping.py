@@ -273,7 +273,7 @@ def clipped_sums(
         apply_transform(recorder, transform, scale)
         scale = 1.0
     weights = clipping.weights(sample_norms(recorder, scale))
-    reduce = weighted_sum if reduce is None else reduce
+    reduce = _weighted_sum if reduce is None else reduce
     return {
         tap.path(key): reduce(tap, key, weights[name] * scale)
         for name, tap in recorder.taps.items()
@@ -281,7 +281,7 @@ def clipped_sums(
     }
 
 
-def weighted_sum(tap: LayerTap, key: str, weights: Tensor) -> Tensor:
+def _weighted_sum(tap: LayerTap, key: str, weights: Tensor) -> Tensor:
     """Σ weights_i G_i of one parameter, in its layout."""
     return tap.layout(key, tap.samples[key].weighted(weights))
 

@@ -14,9 +14,10 @@ from lora_privacy.training.randomness import SystemRandomness
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lora_privacy.laws import LawName
+    from lora_privacy.training.recorder import LayerTap
 
 __all__ = ["FreshProjections"]
 
@@ -74,6 +75,11 @@ class FreshProjections:
             self._seed = self.draw()
         return self._seed
 
+    def projected_sum(self, tap: LayerTap, key: str, weights: Tensor) -> Tensor:
+        """Σ weights_i G_i Aᵀ of a layer, (out, rank), as ``clipped_sums(reduce=…)`` takes it."""
+        # A is drawn here at the latest, after the pass it is applied to.
+        return tap.samples[key].projected(weights, self.a(tap.name))
+
     def release(self, name: str, total: Tensor | None, noise: Tensor) -> Tensor:
         """``(V + E) Aᵀ`` of a layer, (out, rank).
 
@@ -97,11 +103,12 @@ class FreshProjections:
         dense = released @ self.a(name) * layer.scaling**2
         return dense.T.contiguous() if is_conv1d(layer.base) else dense
 
-    def attest(self, step: int, *, all_projected: bool) -> ProjectionAttestation:
+    def attest(self, step: int, model: nn.Module) -> ProjectionAttestation:
         """State what this step is; clip and noise are as ``make_private`` drives them."""
         # Imported here: the bridge to Opacus takes seconds and only this method needs it.
         from lora_privacy.dp.opacus import projection_digest
 
+        own = {id(layer.weight) for layer in self.layers.values()}
         seed = f"lora-privacy projection seed {self._step_seed()}"
         return ProjectionAttestation(
             step=step,
@@ -114,7 +121,7 @@ class FreshProjections:
             factors_reset=all(
                 not bool(layer.expand.weight.any()) for layer in self.layers.values()
             ),
-            all_projected=all_projected,
+            all_projected=own == {id(p) for p in model.parameters() if p.requires_grad},
         )
 
     def end_step(self) -> None:

@@ -26,10 +26,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_privacy.errors import StorageError, UnsupportedTrainingError
-from lora_privacy.training.engine import PrivateTraining, make_private
+from lora_privacy.training.engine import make_private
 from lora_privacy.training.guard import preflight
 from lora_privacy.training.methods import refuse_packing
 from lora_privacy.training.privacy import NoiseMultiplier, PrivacyTarget, TargetEpsilon
+from lora_privacy.training.private_training import PrivateTraining
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
