@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test examples reproduce assessments lint format types layers unit bench soundness mutation docs clean help
+.PHONY: demo test examples reproduce assessments lint format types layers unit bench bench-check soundness mutation docs clean help
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -63,15 +63,22 @@ format: $(STAMPS)/dev  ## rewrite the code in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(STAMPS)/dev $(STAMPS)/demo-model  ## benchmarks: ratios with intervals, not part of CI
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/probe.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/laws.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rdp.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pld.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pairwise.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/denoise.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rmia.py
+# A file a benchmark, short ones first: an interrupted run goes on where it stopped, and
+# rm -r reports/bench starts anew. training-lora is the part lora of benchmarks/training.py.
+BENCHES := laws rdp pairwise training-kernel training-head growth-steps growth-events \
+    growth-canaries growth-layers growth-rank growth-tokens rmia denoise-kernel denoise-lora \
+    denoise-gpt2 denoise-dense probe training-memory training-flora-40 training-gpt2-128 \
+    training-lora training-flora-128 training-flora-all training-gpt2-512 training-gpt2-1024 pld
+
+reports/bench/%.json:
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(firstword $(subst -, ,$*)).py \
+	    $(if $(findstring -,$*),--parts $(patsubst $(firstword $(subst -, ,$*))-%,%,$*))
+
+bench: $(STAMPS)/dev $(STAMPS)/demo-model $(BENCHES:%=reports/bench/%.json)  ## benchmarks against peers, half an hour, and docs/performance.md from them; not part of CI
+	$(BIN)/python benchmarks/page.py
+
+bench-check:  ## fail where a benchmark is worse than its target by more than its spread; not part of CI
+	$(BIN)/python benchmarks/check.py
 
 soundness: $(STAMPS)/dev  ## no accountant below a certified lower end, on 10,000 random ledgers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soundness.py

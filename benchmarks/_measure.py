@@ -1,7 +1,8 @@
-"""Interleaved comparison of step times: CPU time, ratios within a round, a bootstrap interval."""
+"""Interleaved comparison: CPU time, ratios within a round, a bootstrap interval."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,73 +10,88 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     import numpy.typing as npt
 
-__all__ = ["MIN_PAIRS", "Ratio", "measure", "ratio"]
+__all__ = ["BUDGET", "MIN_PAIRS", "SELDOM", "Median", "measure", "median", "ratio"]
 
 MIN_PAIRS = 100
+BUDGET = 120.0  # CPU seconds of one comparison, so that all of `make bench` takes 30 minutes
+SELDOM = 4  # slow peers run in one round of so many
+_LEAST_ROUNDS = 20  # whatever the budget
 _RESAMPLES = 2_000
-_SLACK = 1.05  # a target is met when the upper end of the interval is within 5 % of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ratio:
-    """Median of paired ratios of CPU time.
+class Median:
+    """Median of repeated measurements.
 
     Attributes:
-        median: Dimensionless.
-        low: Lower end of the 95 % bootstrap interval of the median.
+        value: The median, in the unit of what was measured.
+        low: Lower end of its 95 % percentile bootstrap interval.
         high: Upper end.
-        pairs: Number of pairs.
+        count: Number of measurements; of a ratio, of pairs.
     """
 
-    median: float
+    value: float
     low: float
     high: float
-    pairs: int
-
-    def meets(self, target: float) -> bool:
-        """Whether the upper end of the interval is within 5 % of ``target``."""
-        return self.high <= _SLACK * target
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+    count: int
 
 
 def measure(
     works: Mapping[str, Callable[[], object]],
     pairs: int = MIN_PAIRS,
-    warmup: int = 3,
+    *,
+    warmup: int = 2,
     seed: int = 0,
+    seldom: Collection[str] = (),
+    budget: float = BUDGET,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """CPU seconds of every work, one a round, (pairs,); each round runs all in a random order.
+    """CPU seconds of every work, one a round, (rounds,); each round runs all in a random order.
 
     Comparing within a round cancels slow drifts of the machine, and the random order what a
-    work leaves behind in caches for the next.
+    work leaves behind in caches for the next. Those in ``seldom`` run in every fourth round and
+    hold NaN for the others. After ``budget`` CPU seconds no further round begins, but 20 are made
+    in any case, if so many are asked for.
     """
     rng = np.random.default_rng(seed)
     names = list(works)
-    seconds = {name: np.empty(pairs) for name in names}
+    seconds = {name: np.full(pairs, np.nan) for name in names}
+    begun = time.process_time()
+    rounds = pairs
     for i in range(-warmup, pairs):
+        if i >= _LEAST_ROUNDS and time.process_time() - begun > budget:
+            rounds = i
+            break
         for j in rng.permutation(len(names)):
             name = names[j]
+            if i >= 0 and i % SELDOM and name in seldom:
+                continue
             start = time.process_time()
             works[name]()
             if i >= 0:
                 seconds[name][i] = time.process_time() - start
-    return seconds
+    return {name: values[:rounds] for name, values in seconds.items()}
 
 
-def ratio(work: npt.NDArray[np.float64], peer: npt.NDArray[np.float64], seed: int = 0) -> Ratio:
-    """Median of ``work / peer`` by rounds, with a 95 % percentile bootstrap interval."""
-    if work.shape != peer.shape or work.ndim != 1 or not len(work):
-        raise ValueError(f"work and peer must be paired, got {work.shape} and {peer.shape}.")
-    ratios = work / peer
+def median(values: npt.NDArray[np.float64], seed: int = 0) -> Median:
+    """Median of those of ``values`` (rounds,) that are not NaN, with its interval."""
+    found = values[~np.isnan(values)]
+    if found.ndim != 1 or not len(found):
+        raise ValueError(f"values must be flat and hold a number, got shape {values.shape}.")
     rng = np.random.default_rng(seed)
-    draws = np.median(rng.choice(ratios, (_RESAMPLES, len(ratios))), axis=1)
+    draws = np.median(rng.choice(found, (_RESAMPLES, len(found))), axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Ratio(
-        median=float(np.median(ratios)), low=float(low), high=float(high), pairs=len(ratios)
-    )
+    value = float(np.median(found))
+    if not math.isfinite(value):
+        raise ValueError(f"values must be finite, got a median of {value}.")
+    return Median(value=value, low=float(low), high=float(high), count=len(found))
+
+
+def ratio(work: npt.NDArray[np.float64], peer: npt.NDArray[np.float64]) -> Median:
+    """Median of ``work / peer`` by rounds, over the rounds that hold both."""
+    if work.shape != peer.shape:
+        raise ValueError(f"work and peer must be paired, got {work.shape} and {peer.shape}.")
+    return median(work / peer)

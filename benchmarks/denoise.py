@@ -4,44 +4,32 @@
 
 Steps are those of ``make_private``, as in ``training.py``. A denoiser works hardest where singular
 values pass the edge, so the steps are timed at little noise, where many of them do, and at much,
-where hardly one does. A second row times the denoiser inside the same steps, which the drift of
-a busy machine disturbs less than the difference of two steps.
+where hardly one does. The target is for the time of the denoiser inside the same steps, which the
+drift of a busy machine disturbs less than the difference of two steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
-from _measure import MIN_PAIRS, measure, ratio
-from lora_privacy.training import NoiseMultiplier, SingularValueDenoiser, denoise, make_private
-from training import (
-    PerSampleLoss,
-    Task,
-    Work,
-    gpt2,
-    header,
-    minilm,
-    optimizer_of,
-    row,
-    with_dense,
-    with_lora,
-)
+from _measure import MIN_PAIRS, measure, median, ratio
+from _results import Results
+from _tasks import Task, gpt2, minilm, ours, with_dense, with_lora
+from lora_privacy.training import SingularValueDenoiser, denoise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lora_privacy.training.engine import Denoiser
     from lora_privacy.training.methods import Method
 
 NOISES = {"little noise": 1e-3, "much noise": 1e3}  # noise multipliers
+BUDGET = 30.0  # CPU seconds of one comparison
 
 
 class Timed:
@@ -58,28 +46,8 @@ class Timed:
         return found
 
 
-def private_step(
-    task: Task, method: Method, clip: float, noise: float, denoiser: Denoiser | None
-) -> Work:
-    """A step of ``make_private``, the batch from its loader."""
-    model, loss = copy.deepcopy(task.model), PerSampleLoss()
-    optimizer = optimizer_of(model, sgd=method == "dp-sgd")
-    private = make_private(
-        model, optimizer, DataLoader(TensorDataset(*task.batch), batch_size=len(task.batch[1])),
-        method=method, max_grad_norm=clip, privacy=NoiseMultiplier(noise), delta=1e-5,
-        sample_rate=1.0, denoiser=denoiser,
-    )  # fmt: skip
-
-    def step() -> None:
-        for x, y in private.data_loader:  # one batch
-            loss(model(x), y).backward()
-            optimizer.step()
-
-    return Work(step, optimizer, private.parameters)
-
-
-def count_passing(task: Task, method: Method, clip: float, noise: float) -> tuple[int, int]:
-    """Singular values of one step's gradients above the edge, and all there are."""
+def share_passing(task: Task, method: Method, clip: float, noise: float) -> float:
+    """Singular values of one step's gradients above the edge, in % of all there are."""
     found = [0, 0]
 
     def look(_: str, gradient: torch.Tensor, noise_std: float) -> torch.Tensor:
@@ -90,59 +58,55 @@ def count_passing(task: Task, method: Method, clip: float, noise: float) -> tupl
             found[1] += len(y)
         return gradient
 
-    private_step(task, method, clip, noise, look).step()
-    return found[0], found[1]
+    ours(task, method, clip, noise, look).step()
+    return 100 * found[0] / found[1]
 
 
-def with_and_without(
-    title: str, task: Task, method: Method, target: float | None, pairs: int
-) -> None:
-    """A row for each amount of noise."""
+def with_and_without(results: Results, part: str, task: Task, method: Method, pairs: int) -> None:
+    """Rows for each amount of noise."""
     clip = task.max_grad_norm()
-    header(title)
     for name, noise in NOISES.items():
-        timed, inside = Timed(), []
-        without = private_step(task, method, clip, noise, None).step
-        denoised = private_step(task, method, clip, noise, timed).step
+        timed, inside = Timed(), list[float]()
+        without = ours(task, method, clip, noise).step
+        denoised = ours(task, method, clip, noise, timed).step
 
         def step(timed: Timed = timed, inside: list[float] = inside, run=denoised) -> None:  # noqa: ANN001
             before = timed.seconds
             run()
             inside.append(timed.seconds - before)
 
-        seconds = measure({"without": without, "with": step}, pairs)
-        passing, of = count_passing(task, method, clip, noise)
-        label = f"{name}, {passing} of {of} values above the edge"
-        row(f"{label}, over no denoiser", ratio(seconds["with"], seconds["without"]), target)
-        own = np.array(inside[-pairs:])  # after the warm-up
+        seconds = measure({"without": without, "with": step}, pairs, budget=BUDGET)
+        own = np.array(inside[-len(seconds["with"]) :])  # after the warm-up
         rest = seconds["with"] - own
-        row("the same, by the clock inside", ratio(seconds["with"], rest), target)
-        inner, outer = 1e3 * np.median(own), 1e3 * np.median(rest)
-        print(f"<!-- CPU ms: denoiser {inner:.2f}, the rest {outer:.1f} -->", flush=True)
-    print(f"\n{pairs} pairs.", flush=True)
+        passing = median(np.array([share_passing(task, method, clip, noise)]))
+        results.add(part, f"singular values above the edge, {name}", passing, unit="%")
+        results.add(part, f"the denoiser, {name}", median(1e3 * own), unit="ms")
+        results.add(part, f"the denoiser, {name}", ratio(own, rest), peer="the rest of the step")
+        whole = ratio(seconds["with"], seconds["without"])
+        results.add(part, f"a step with a denoiser, {name}", whole, peer="a step without")
 
 
-def part_lora(pairs: int) -> None:
+def part_lora(results: Results, pairs: int) -> None:
     task = with_lora(minilm(128), 8, ("query", "value"))
-    title = "dp-lora, MiniLM, query and value, r = 8, 8 × 128 tokens"
-    with_and_without(title, task, "dp-lora", 1.05, pairs)
+    part = "denoising dp-lora, MiniLM, query and value, r = 8, 8 × 128 tokens"
+    with_and_without(results, part, task, "dp-lora", pairs)
 
 
-def part_gpt2(pairs: int) -> None:
+def part_gpt2(results: Results, pairs: int) -> None:
     task = with_lora(gpt2(128, 4), 16, ("c_attn",), head=False)
-    title = "dp-lora, GPT-2 of 2 blocks, c_attn, r = 16, 4 × 128 tokens"
-    with_and_without(title, task, "dp-lora", 1.05, pairs)
+    part = "denoising dp-lora, GPT-2 of 2 blocks, c_attn, r = 16, 4 × 128 tokens"
+    with_and_without(results, part, task, "dp-lora", pairs)
 
 
-def part_dense(pairs: int) -> None:
+def part_dense(results: Results, pairs: int) -> None:
     task = with_dense(minilm(128), ("query", "value"))
-    title = "dp-sgd, MiniLM, query and value in full (384 × 384), 8 × 128 tokens"
-    with_and_without(title, task, "dp-sgd", None, pairs)
+    part = "denoising dp-sgd, MiniLM, query and value in full (384 × 384), 8 × 128 tokens"
+    with_and_without(results, part, task, "dp-sgd", pairs)
 
 
-def part_kernel(pairs: int) -> None:
+def part_kernel(results: Results, pairs: int) -> None:
     """One matrix, whose spectrum has one value above the edge, against a plain SVD."""
-    header("One matrix, one value above the edge, over torch.linalg.svd in float32")
+    part = "denoising one matrix, one value above the edge"
     generator = torch.Generator().manual_seed(0)
     for n, m in ((8, 384), (16, 768), (384, 384), (768, 768)):
         spike = torch.outer(*(torch.randn(k, generator=generator) for k in (n, m)))
@@ -152,12 +116,13 @@ def part_kernel(pairs: int) -> None:
             "ours": lambda g=g: denoise(g, 1.0),
             "svd": lambda g=g: torch.linalg.svd(g, full_matrices=False),
         }
-        seconds = measure(works, pairs)
-        times = " and ".join(f"{1e3 * np.median(s):.2f}" for s in seconds.values())
-        row(f"{n} × {m} ({times} ms)", ratio(seconds["ours"], seconds["svd"]), None)
+        seconds = measure(works, pairs, budget=20.0)
+        results.add(part, f"{n} × {m}", median(1e3 * seconds["ours"]), unit="ms")
+        peer = "torch.linalg.svd in float32"
+        results.add(part, f"{n} × {m}", ratio(seconds["ours"], seconds["svd"]), peer=peer)
 
 
-PARTS: dict[str, Callable[[int], None]] = {
+PARTS: dict[str, Callable[[Results, int], None]] = {
     "lora": part_lora,
     "gpt2": part_gpt2,
     "dense": part_dense,
@@ -172,7 +137,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in options.parts or PARTS:
-        PARTS[name](options.pairs)
+        results = Results(f"denoise-{name}")
+        PARTS[name](results, options.pairs)
+        results.save()
 
 
 if __name__ == "__main__":

