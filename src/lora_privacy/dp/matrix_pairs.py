@@ -19,7 +19,7 @@ from lora_privacy.dp._vector_loss import VectorLoss
 from lora_privacy.dp.pairwise import VectorProjection
 from lora_privacy.dp.result import PairDivergence
 
-__all__ = ["SketchRelease", "checked_matrices", "matrix_projection"]
+__all__ = ["SketchRelease", "checked_matrices", "cosine_between", "matrix_projection"]
 
 Array = npt.NDArray[np.float64]
 
@@ -122,7 +122,7 @@ def matrix_projection(
         for matrix, vector in ((first, v1), (second, v2))
     ):
         norms = float(np.linalg.norm(v1)), float(np.linalg.norm(v2))
-        cosine = float(np.clip(v1 @ v2 / (norms[0] * norms[1]), -1, 1))
+        cosine = cosine_between(v1 / norms[0], v2 / norms[1])
         ratio = norms[1] / norms[0] * (scales[1] / scales[0])
         vectors = VectorProjection(m, rank, cosine, ratio).epsilon(delta)
         if n == 1:
@@ -138,6 +138,20 @@ def matrix_projection(
         "and with probability 0 under V', at every rank"
     )
     return found(inf, inf, event, shape, reason)
+
+
+def cosine_between(first: Array, second: Array) -> float:
+    """Cosine of two unit vectors, ±1 only where they are equal or opposite to the last digit.
+
+    It comes from their chord, because a scalar product does not see angles below 1e-8, and is
+    rounded away from ±1: a pair that is closer to a line than doubles tell counts as 2e-8 off it.
+    """
+    side = 1.0 if first @ second >= 0 else -1.0
+    chord = float(np.linalg.norm(first - side * second))
+    if not chord:
+        return side
+    chord += 4 * _EPS  # rounding of the unit vectors
+    return side * math.nextafter(1 - chord * chord / 2, 0.0)
 
 
 def _most_rank(matrix: Array) -> int:

@@ -11,7 +11,7 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy import _validate
 from lora_privacy.dp import _gaussian
-from lora_privacy.dp.matrix_pairs import checked_matrices
+from lora_privacy.dp.matrix_pairs import checked_matrices, cosine_between
 from lora_privacy.dp.pairwise import VectorProjection
 from lora_privacy.dp.result import PairDivergence
 
@@ -116,7 +116,7 @@ class NoisedProjection:
         one, two = self._norm(before), self._norm(after)
         if not one or not two:
             return []  # a zero residual is told from any other
-        cosine = float(np.clip((before / one) @ (after / two), -1, 1))
+        cosine = cosine_between(before / one, after / two)
         if m - k == 1:
             cosine = math.copysign(1.0, cosine)
         pair = VectorProjection(m - k, self.rank - k, cosine, two / one)
