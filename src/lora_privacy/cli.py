@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What the random projections of LoRA do to gradients, and what they prove.",
 )
+
+# What a user's input ends in where a check of its own was not worth it.
+_MISTAKES = (LoraPrivacyError, ValueError, TypeError, OSError, OverflowError, MemoryError)
+_TOO_LARGE = re.compile("overflow|memory", re.IGNORECASE)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -204,8 +209,8 @@ def report(
 def noise(
     config: Annotated[Path, typer.Argument(help="config.json of a model; no weights are read.")],
     rank: Annotated[list[int] | None, typer.Option(help="Rank; repeat for several.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Laws of the injected noise for a model's layer shapes, from its config alone."""
     with _named_errors(debug=debug):
@@ -372,25 +377,31 @@ def _one_line(error: BaseException) -> str:
     return text.splitlines()[0].encode("utf-8", "backslashreplace").decode()
 
 
+def _is_mistake(error: Exception) -> bool:
+    """Whether the input is to blame, as far as one can tell: else it is a bug."""
+    # torch says RuntimeError where a number is too large for it, or the memory too small.
+    torch_says = isinstance(error, RuntimeError) and _TOO_LARGE.search(str(error))
+    return bool(torch_says) or isinstance(error, _MISTAKES)
+
+
 @contextlib.contextmanager
 def _named_errors(*, debug: bool, folder: Path | None = None) -> Iterator[None]:
-    """One line for a user's mistake, never a traceback; Ctrl-C says where the finished part is."""
+    """One line for a mistake and one for a bug; Ctrl-C says where the finished part is."""
     try:
         yield
-    # torch says RuntimeError where a number is too large for it, or the memory too small.
-    except (
-        LoraPrivacyError,
-        ValueError,
-        TypeError,
-        OSError,
-        ArithmeticError,
-        MemoryError,
-        RuntimeError,
-    ) as error:
+    except Exception as error:
         if debug:
             raise
-        typer.echo(f"error: {_one_line(error)}", err=True)
-        raise typer.Exit(2) from error
+        line = _one_line(error)
+        if _is_mistake(error):
+            typer.echo(f"error: {line}", err=True)
+            raise typer.Exit(2) from error
+        typer.echo(
+            f"error: this is a bug in lora-privacy; --debug shows where. "
+            f"({type(error).__name__}: {line})",
+            err=True,
+        )
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         if folder is not None:
             typer.echo(
