@@ -267,6 +267,8 @@ def test_no_sample_moves_the_sum_by_more_than_the_clip(method: str) -> None:
             model_for(method), method, data=data, rate=1.0, z=NONE, max_grad_norm=limit,
             secure=False,
         )  # fmt: skip
+        if private._fresh is not None:
+            private._fresh.draw = lambda: 7  # the same A in both runs
         seen: dict[str, Tensor] = {}
         for batch in private.data_loader:
             loss_of(private.model, batch).backward()
@@ -280,10 +282,9 @@ def test_no_sample_moves_the_sum_by_more_than_the_clip(method: str) -> None:
             for name, total in seen.items():
                 layer = layers[name.removesuffix(".weight")]
                 seen[name] = total * math.sqrt(layer.rank / layer.in_features)
-    if method == "dp-flora":
-        return  # two runs have two A's; the clip itself is that of the other methods
     gap = math.sqrt(sum(float((sums[0][n] - sums[1][n]).square().sum()) for n in sums[0]))
-    assert 0.9 * limit < gap <= limit * (1 + 1e-5)
+    least = 0.1 if method == "dp-flora" else 0.9  # A keeps a part of the gradient
+    assert least * limit < gap <= limit * (1 + 1e-5)
 
 
 # ---- the noise ---------------------------------------------------------------------------------
