@@ -181,12 +181,12 @@ class PldAccountant:
         """μ of the plain Gaussians, and what else there is; then the former are among it."""
         replace = self.adjacency == "replace"
         moved, pair = (2.0, ReplacedPair) if replace else (1.0, SampledPair)
-        square = 0.0
+        squares: list[float] = []
         sources: list[tuple[_solve.Source, int]] = []
         for event, count in self.events:
             if _is_plain(event):
                 mu = max(moved / event.noise_multiplier, _LEAST_MU)
-                square += count * min(mu, 1e154) ** 2
+                squares.append(count * min(mu, 1e120) ** 2)
             elif isinstance(event, SampledGaussian):
                 low, high = _limits(max(1 / event.noise_multiplier, _LEAST_MU))
                 lower, upper = (pair(end, event.sample_rate) for end in (low, high))
@@ -195,7 +195,7 @@ class PldAccountant:
                 remove, add = _profiles_of(event, self.adjacency)
                 name = type(event).__name__
                 sources.append((_solve.profiled_source(remove, add, name), count))
-        mu = math.sqrt(square)
+        mu = math.sqrt(math.fsum(squares))  # a plain sum of many terms leaves what _limits grants
         if mu > _MOST_MU or any(
             event.noise_multiplier < 1 / _MOST_MU
             for event, _ in self.events
