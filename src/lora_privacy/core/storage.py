@@ -96,8 +96,9 @@ def save_flora(model: nn.Module, folder: str | Path) -> Path:
     Factors are known when every move of the weight was a ``fold`` (``sgd_step``,
     ``FLoRAMomentum``) and few enough; after a dense optimiser the weight is stored. With
     factors goes a sketch of the trained weight, against which ``load_flora`` checks the base.
-    Other trained parameters, such as a head, are stored as they are. A half-precision layer is
-    stored as it runs; its float32 master is for the state dict of a run to be resumed.
+    Other trained parameters, such as a head, are stored as they are, and so are the biases of
+    FLoRA layers: that of a new head is frozen where it was drawn. A half-precision layer is stored
+    as it runs; its float32 master is for the state dict of a run to be resumed.
 
     Args:
         model: Adapted with ``method="flora"``.
@@ -139,8 +140,9 @@ def save_flora(model: nn.Module, folder: str | Path) -> Path:
             tensors[f"weight.{name}"] = dense
         described[name] = entry
     own = {id(p) for layer in layers.values() for p in (layer.weight, layer.expand.weight)}
+    biases = {id(layer.bias) for layer in layers.values()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in own:
+        if id(parameter) in biases or (parameter.requires_grad and id(parameter) not in own):
             tensors[f"trained.{_plain_name(name, layers)}"] = parameter
     folder = Path(folder)
     _write_tensors(tensors, folder / _FLORA_WEIGHTS)
