@@ -236,7 +236,7 @@ def test_a_held_out_set_of_records_is_refused_before_training(bert: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_pairs_of_texts_have_no_secrets(bert: str, tmp_path: Path) -> None:
+def test_secrets_are_refused_among_pairs_of_texts(bert: str, tmp_path: Path) -> None:
     rows = [f"a{i % 5} b\tc{i % 7}\t{i % 2}" for i in range(40)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["one\ttwo\tlabel", *rows]))
     config = AssessConfig(
@@ -248,7 +248,9 @@ def test_pairs_of_texts_have_no_secrets(bert: str, tmp_path: Path) -> None:
         methods=("lora",),
         **{**NO_ATTACKS, "secrets": 3},
     )
-    assert assess(config, tmp_path / "out").methods[0].secrets is None
+    with pytest.raises(DataError, match="single sentences: ask for no secrets"):
+        assess(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cached_prefix_changes_time_not_results(bert: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from scipy import stats
 
 from lora_privacy.data import LABEL_NOISE, TextDataset, plant_secrets, tickets
 from lora_privacy.data.synthetic import _grammar  # the words, to find the true class again
+from lora_privacy.errors import DataError
 
 
 def sentences(data: TextDataset) -> set[str]:
@@ -157,7 +158,7 @@ def test_secrets_in_unlabelled_text() -> None:
 def test_secrets_refuse_pairs_and_too_many() -> None:
     """The message says what must hold."""
     pairs = TextDataset(name="x", texts=("a",), pairs=("b",), origin="x")
-    with pytest.raises(ValueError, match="one text per example"):
+    with pytest.raises(DataError, match="single sentences: ask for no secrets"):
         plant_secrets(pairs, 2, seed=0)
     with pytest.raises(ValueError, match="name of its own"):
         plant_secrets(tickets(2, seed=0), 1_601, seed=0)

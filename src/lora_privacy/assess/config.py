@@ -74,7 +74,7 @@ class AssessConfig:
         audit_records: Training examples that these attacks are about, at most; None takes all.
             Target and references train on random halves of them.
         secrets: Made-up secrets, each put into the training set or left out by a fair coin,
-            whose exposure is measured; 0 leaves them out.
+            whose exposure is measured; 0 leaves them out, as pairs of texts need.
         alternatives: Other secrets that each is ranked among.
         update_games: Games of the attack on one update; 0 leaves it out.
     """

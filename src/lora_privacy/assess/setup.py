@@ -50,7 +50,7 @@ def load_data(config: AssessConfig) -> Data:
     """
     train, dev = _load(config)
     planted, secrets = train, ()
-    if config.secrets and train.pairs is None:  # secrets are single sentences
+    if config.secrets:
         planted, secrets = plant_secrets(train, config.secrets, seed=config.seed)
     return Data(train, planted, dev, secrets)
 

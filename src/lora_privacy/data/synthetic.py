@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar
 from lora_privacy import _validate
 from lora_privacy.data import _grammar
 from lora_privacy.data.dataset import TextDataset
+from lora_privacy.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,14 +127,18 @@ def plant_secrets(
         seed: Decides names, codes, labels and coins. Who knows it knows the secrets.
 
     Raises:
-        ValueError: An argument is out of range, or ``dataset`` has pairs of texts.
+        ValueError: An argument is out of range.
+        DataError: ``dataset`` has pairs of texts.
     """
     names = _grammar.invented_names()
     count = _validate.integer("count", count, 1)
     _validate.between("count", count, 1, len(names), "Each secret has a name of its own.")
     seed = _validate.integer("seed", seed, 0)
     if dataset.pairs is not None:
-        raise ValueError("dataset must have one text per example; secrets are single sentences.")
+        raise DataError(
+            f"{dataset.name} has pairs of texts, and secrets are single sentences: ask for no "
+            "secrets (secrets = 0, --secrets 0)."
+        )
     rng = random.Random(f"secrets {seed}")
     secrets: list[Secret] = []
     texts, labels = list(dataset.texts), list(dataset.labels or ())
