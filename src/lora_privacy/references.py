@@ -76,6 +76,22 @@ _ALL = (
         kind="inproceedings",
     ),
     Reference(
+        key="zhang-lora-fa-2023",
+        authors="Zhang, Longteng and Zhang, Lin and Shi, Shaohuai and Chu, Xiaowen and Li, Bo",
+        title="LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models "
+        "Fine-tuning",
+        year=2023,
+        venue="arXiv:2308.03303",
+    ),
+    Reference(
+        key="mironov-bits-2012",
+        authors="Mironov, Ilya",
+        title="On Significance of the Least Significant Bits for Differential Privacy",
+        year=2012,
+        venue="ACM CCS 2012",
+        kind="inproceedings",
+    ),
+    Reference(
         key="mironov-rdp-2017",
         authors="Mironov, Ilya",
         title="Rényi Differential Privacy",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["citations"]
 
-_TRAINS = {"lora": "hu-lora-2022", "lora-fa": "hu-lora-2022", "flora": "flora-2024"}
+_TRAINS = {"lora": "hu-lora-2022", "lora-fa": "zhang-lora-fa-2023", "flora": "flora-2024"}
 
 
 def citations(result: Assessment) -> tuple[str, ...]:
