@@ -14,9 +14,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -30,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lora_privacy.assess import AssessConfig, assess, plots
+from lora_privacy.assess import AssessConfig, Assessment, assess, plots, train_shadows
 from lora_privacy.assess.config import toml_text
 from lora_privacy.assess.folder import RunFolder
 from lora_privacy.cli import app
@@ -386,7 +388,7 @@ def test_a_record_that_is_not_finite_stops_a_private_training(value: float) -> N
 KILLED = """
 import sys
 from pathlib import Path
-from lora_privacy.assess import AssessConfig, assess, plots
+from lora_privacy.assess import AssessConfig, Assessment, assess, plots, train_shadows
 from lora_privacy.assess.config import read_settings
 plots.draw_all = lambda _: {}
 assess(AssessConfig.from_dict(read_settings(sys.argv[1])), sys.argv[2], resume=True)
@@ -419,3 +421,89 @@ def test_kill_9_in_an_assessment_loses_nothing_finished(
     assert (out / ".running").exists()
     result = assess(config, out, resume=True)
     assert result.methods[0].curve.wall_seconds == kept["curve"]["wall_seconds"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Whole files only: what a killed write leaves behind ends in .tmp."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_kill_9_while_a_report_is_written(job: dict[str, Any], tmp_path: Path) -> None:
+    """At every file in turn, half of it on disk: each file is the old or the new one, whole."""
+    out, new = tmp_path / "out", tmp_path / "new"
+    first = assess(AssessConfig(**job), out)
+    second = replace(first, missing=("lora-fa",))
+    old = {name: data for name, data in files_of(out).items() if "methods" not in name}
+    second.save(new)
+    wanted, write = files_of(new), Path.write_bytes
+    for number in range(len(wanted)):
+        process = os.fork()
+        if not process:
+            left = iter(range(number, -1, -1))
+
+            def half(path: Path, data: bytes, left: Iterator[int] = left) -> int:
+                if next(left):
+                    return write(path, data)
+                write(path, data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+                raise AssertionError("it is dead")
+
+            Path.write_bytes = half  # pyright: ignore[reportAttributeAccessIssue]
+            second.save(out)
+            os._exit(0)  # so many files are not written
+        _, status = os.waitpid(process, 0)
+        assert os.WIFSIGNALED(status), number
+        for name, data in files_of(out).items():
+            assert data in (old.get(name), wanted.get(name)) or "methods" in name, name
+        assert Assessment.load(out).missing in ((), ("lora-fa",))
+    Assessment.load(out).save(out)
+    assert {name: files_of(out)[name] for name in wanted} == wanted
+
+
+SHADOWS = """
+import os, sys, time
+import numpy as np
+class Fit:
+    records = 10
+    def fingerprint(self):
+        return "no model"
+    def __call__(self, seed, rows):
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        rng = np.random.default_rng(seed)
+        return -rng.random(10), -rng.random(4)
+if __name__ == "__main__":
+    from lora_privacy.assess import train_shadows
+    train_shadows(Fit(), sys.argv[1], count=8)
+"""
+
+
+def test_kill_9_in_shadows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed with two on disk and one half written: these are kept, and all bits are the same."""
+    (tmp_path / "the_fit.py").write_text(SHADOWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    from the_fit import Fit  # pyright: ignore[reportMissingImports]
+
+    out = tmp_path / "out"
+    finished = out / "finished"
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "the_fit.py"), str(out)],
+        env={**os.environ, "PAUSE": "0.3"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (finished / "00001.npz").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (finished / f"00002.npz.{process.pid}.tmp").write_bytes(b"PK half")
+    kept = (finished / "00000.npz").stat().st_mtime_ns
+    assert len(list(finished.glob("*.npz"))) < 8
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # to see that none was made again
+    resumed = train_shadows(Fit(), out, count=8)
+    assert (finished / "00000.npz").stat().st_mtime_ns == kept
+    anew = train_shadows(Fit(), tmp_path / "anew", count=8)
+    for name, array in anew.arrays().items():
+        assert np.array_equal(getattr(resumed, name), array)

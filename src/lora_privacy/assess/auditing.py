@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy._digits import round_down, round_up
-from lora_privacy.assess.arrays import array_names, read_arrays
+from lora_privacy.assess.files import array_names, read_arrays
 from lora_privacy.assess.tables import Table
 from lora_privacy.audit import (
     LeakageEstimate,

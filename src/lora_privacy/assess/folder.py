@@ -10,7 +10,8 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from lora_privacy._plain import plain
-from lora_privacy.assess.result import versions, write_json
+from lora_privacy.assess.files import write_json, write_text
+from lora_privacy.assess.result import versions
 from lora_privacy.errors import FolderInUseError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class RunFolder:
             for old in stamp.parent.glob("*.json"):
                 old.unlink()
         write_json(stamp, {**self._stamp, "config": self._config.to_dict()})
-        (self.path / "config.toml").write_text(self._config.to_toml(), encoding="utf-8")
+        write_text(self.path / "config.toml", self._config.to_toml())
 
     def _same(self, stamp: Path) -> bool:
         return self._different(stamp) is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_privacy._plain import plain
+from lora_privacy.assess.files import read_json, write_bytes, write_json, write_text
 from lora_privacy.references import bibtex
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from lora_privacy.assess.updates import UpdateAttack
     from lora_privacy.dp import ImpliedPrivacy, PrivacyBound
 
-__all__ = ["NOTICE", "Assessment", "DataSummary", "MethodResult", "versions", "write_json"]
+__all__ = ["NOTICE", "Assessment", "DataSummary", "MethodResult", "versions"]
 
 NOTICE = (
     "It holds losses, gradient norms, singular values, attack results, class names and hashes "
@@ -149,7 +148,7 @@ class Assessment:
         Raises:
             StorageError: ``report.json`` is missing or damaged, or of another version.
         """
-        from lora_privacy.assess.stored import assessment_from_dict, read_json
+        from lora_privacy.assess.stored import assessment_from_dict
 
         return assessment_from_dict(read_json(Path(folder) / "report.json"))
 
@@ -184,14 +183,13 @@ class Assessment:
         figures = plots.draw_all(self)
         for name, figure in figures.items():
             for ending in ("svg", "png", "pdf"):
-                (folder / "figures" / f"{name}.{ending}").write_bytes(getattr(figure, ending))
+                write_bytes(folder / "figures" / f"{name}.{ending}", getattr(figure, ending))
         for name, table in all_tables(self).items():
             for ending, text in (("tex", latex_table(table)), ("md", table.markdown())):
-                path = folder / "tables" / f"{name}.{ending}"
-                path.write_text(f"{text}\n", encoding="utf-8")
+                write_text(folder / "tables" / f"{name}.{ending}", f"{text}\n")
         page = folder / "report.html"
-        page.write_text(html.render(self, figures), encoding="utf-8")
-        (folder / "references.bib").write_text(f"{self.cite()}\n", encoding="utf-8")
+        write_text(page, html.render(self, figures))
+        write_text(folder / "references.bib", f"{self.cite()}\n")
         return page
 
     def cite(self) -> str:
@@ -216,10 +214,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write ``data`` whole or not at all: a crash leaves the file that was there before."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plain(data), indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)

@@ -22,11 +22,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lora_privacy import _validate
-from lora_privacy.assess.arrays import read_arrays, write_arrays
 from lora_privacy.assess.batches import TokenisedDataset
 from lora_privacy.assess.config import AssessConfig
+from lora_privacy.assess.files import read_arrays, write_arrays, write_json
 from lora_privacy.assess.private import plan_of, train_privately
-from lora_privacy.assess.result import write_json
 from lora_privacy.assess.setup import build_model, frozen_prefix, load_data
 from lora_privacy.assess.training import advance, backward, loss_of, optimizer_of, prefixed
 from lora_privacy.data import TextDataset

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_privacy.assess.config import AssessConfig
 from lora_privacy.assess.dynamics import LayerDynamics
@@ -20,21 +19,7 @@ from lora_privacy.assess.training import Score, TrainingCurve
 from lora_privacy.assess.updates import UpdateAttack
 from lora_privacy.errors import LoraPrivacyError, StorageError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["assessment_from_dict", "read_json", "trained_from_dict"]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``; StorageError where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(found, dict):
-        raise StorageError(f"{path} must hold a JSON object, got a {type(found).__name__}.")
-    return found
+__all__ = ["assessment_from_dict", "trained_from_dict"]
 
 
 def assessment_from_dict(data: dict[str, Any]) -> Assessment:

@@ -1,7 +1,11 @@
-"""Files of named arrays: read without pickle, written whole or not at all."""
+"""Files that are written whole or not at all, so that a crash leaves the one that was there.
+
+Named arrays and JSON are read back without pickle.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 import zlib
@@ -9,12 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_privacy._plain import plain
 from lora_privacy.errors import StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["array_names", "read_arrays", "write_arrays"]
+__all__ = [
+    "array_names",
+    "read_arrays",
+    "read_json",
+    "write_arrays",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 # What numpy and zipfile raise on files that are cut short, forged or hold Python objects.
 _DAMAGE = (
@@ -29,6 +42,34 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data``."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write ``data``, infinities as strings; NaN has no place in a report."""
+    write_text(path, json.dumps(plain(data), indent=1, allow_nan=False))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``; StorageError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise StorageError(f"{path} must hold a JSON object, got a {type(found).__name__}.")
+    return found
 
 
 def array_names(path: Path) -> tuple[str, ...]:
@@ -52,7 +93,8 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write an ``.npz``: a crash leaves the file that was there before."""
+    """Write an ``.npz``."""
+    # Two processes may write the same file: each has a temporary one of its own.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)
