@@ -170,22 +170,22 @@ class Watch:
 
 def forked(job: Callable[[], object], cpu: float) -> tuple[str, Any]:
     """How a child process that runs ``job`` ends, within ``cpu`` seconds, and what it returns."""
-    end, begin = os.pipe()
+    answer = FOLDER / "answer"
+    answer.unlink(missing_ok=True)
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
-            os.dup2(os.open(FOLDER / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(os.open(FOLDER / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
             os.dup2(1, 2)
             resource.setrlimit(resource.RLIMIT_CPU, (int(cpu) + 1, int(cpu) + 1))
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             os.chdir(TREE)
             sys.path.insert(0, str(TREE / "src"))
             os.environ["PYTHONPATH"] = str(TREE / "src")
-            os.write(begin, json.dumps(job()).encode())
+            answer.write_text(json.dumps(job()), encoding="utf-8")
         finally:
             os._exit(0)
-    os.close(begin)
     deadline = time.monotonic() + 10 * cpu
     while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
@@ -193,10 +193,10 @@ def forked(job: Callable[[], object], cpu: float) -> tuple[str, Any]:
         time.sleep(0.01)
     with suppress(ProcessLookupError):  # what it has started itself
         os.killpg(pid, signal.SIGKILL)
-    with os.fdopen(end) as pipe:
-        found = pipe.read()
+    if answer.exists():
+        return "done", json.loads(answer.read_text(encoding="utf-8"))
     late = os.WIFSIGNALED(ended[1]) and os.WTERMSIG(ended[1]) in (signal.SIGXCPU, signal.SIGKILL)
-    return ("done", json.loads(found)) if found else ("timeout" if late else "crash", None)
+    return ("timeout" if late else "crash"), None
 
 
 def run(tests: list[str], watch: Watch, *options: str) -> Watch:
