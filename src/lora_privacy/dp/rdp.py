@@ -171,8 +171,18 @@ class RdpAccountant:
     def _cost(self, rows: npt.NDArray[np.int64], orders: Array) -> Array:
         """Composed divergence of the only row, rounded up."""
         total = np.zeros(orders.shape)
+        alike: dict[float, list[tuple[float, int]]] = {}
         for event, count in self.events:
-            total += count * _divergences(event, orders, self.adjacency)
+            if isinstance(event, ProjectedGaussian):
+                total += count * _divergences(event, orders, self.adjacency)
+            else:
+                noise, rate = _noise_and_rate(event, self.adjacency)
+                alike.setdefault(rate, []).append((noise, count))
+        # One call for all of a rate: a call costs far more than the noise multipliers in it.
+        for rate, group in alike.items():
+            noises, counts = np.array(group, dtype=np.float64).T
+            each = _rows(noises, rate, np.broadcast_to(orders, (len(group), orders.size)))
+            total += counts @ each
         return total * (1 + 4 * _EPS * (len(self.events) + len(rows)))
 
     def _plain(self) -> Array:
@@ -263,10 +273,17 @@ def _divergences(event: Event, orders: Array, adjacency: Adjacency) -> Array:
     """Divergences of one event, of the shape of ``orders``, rounded up."""
     if isinstance(event, ProjectedGaussian):
         return event.rdp(orders, adjacency=adjacency)
+    noise, rate = _noise_and_rate(event, adjacency)
+    return _rows(np.array([noise]), rate, orders.reshape(1, -1)).reshape(orders.shape)
+
+
+def _noise_and_rate(
+    event: GaussianEvent | SampledGaussian, adjacency: Adjacency
+) -> tuple[float, float]:
+    """Noise over the distance of the centres, and the sampling rate."""
     moved = 2.0 if adjacency == "replace" else 1.0
     rate = event.sample_rate if isinstance(event, SampledGaussian) else 1.0
-    noises = np.array([event.noise_multiplier / moved])
-    return _rows(noises, rate, orders.reshape(1, -1)).reshape(orders.shape)
+    return event.noise_multiplier / moved, rate
 
 
 def _rows(noises: Array, rate: float, orders: Array) -> Array:
