@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from lora_privacy.assess import AssessConfig
-from lora_privacy.assess.models import MeanPoolClassifier, load_model
+from lora_privacy.assess.models import MeanPoolClassifier, load_model, model_digest
 from lora_privacy.core import adapt, decompress, refresh
 from lora_privacy.errors import (
     DataError,
@@ -430,3 +430,22 @@ def test_a_hub_id_offline_tries_no_network(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.split() == ["named", "named"], done.stderr
+
+
+def test_a_new_revision_on_the_hub_is_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the hub, as huggingface_hub lays it out, with two commits of one model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = AssessConfig(model="some/model")
+    assert model_digest(config) == "some/model@None"
+    folder = tmp_path / "models--some--model"
+    (folder / "refs").mkdir(parents=True)
+    seen = []
+    for commit in ("a" * 40, "b" * 40):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+        (folder / "refs" / "main").write_text(commit)
+        seen.append(model_digest(config))
+    assert seen == [f"some/model@{'a' * 40}", f"some/model@{'b' * 40}"]

@@ -58,7 +58,7 @@ class MeanPoolClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, hidden: int, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(hidden, classes)
+        self.head: nn.Linear = nn.Linear(hidden, classes)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
@@ -126,14 +126,14 @@ def load_model(config: AssessConfig, classes: int) -> tuple[nn.Module, Any]:
 
 
 def model_digest(config: AssessConfig) -> str:
-    """SHA-256 of the files that ``load_model`` reads from a folder; the id of a hub's model.
+    """SHA-256 of the files that ``load_model`` reads; of a hub's model the id and the commit.
 
     Raises:
         MissingPackageError, DataError: As ``load_model``.
     """
     folder, _ = _locate(config.model, config.gguf_file)
     if not Path(folder).is_dir():
-        return folder
+        return _with_commit(folder)
     found = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in _READ and path.is_file():
@@ -141,6 +141,17 @@ def model_digest(config: AssessConfig) -> str:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             found.update(f"{path.name} {content}\n".encode("utf-8", "surrogateescape"))
     return found.hexdigest()
+
+
+def _with_commit(name: str) -> str:
+    """``name@commit``, as the hub or its cache has it now."""
+    from transformers.utils import cached_file, extract_commit_hash
+
+    try:
+        commit = extract_commit_hash(cached_file(name, "config.json"), None)
+    except (OSError, ValueError):
+        commit = None  # load_model says what is wrong
+    return f"{name}@{commit}"
 
 
 def block_count(model: nn.Module) -> int:
