@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from opacus.accountants import (  # pyright: ignore[reportMissingTypeStubs]
     IAccountant,
     create_accountant,
@@ -20,7 +18,9 @@ from opacus.accountants import (  # pyright: ignore[reportMissingTypeStubs]
     RDPAccountant as OpacusRdpAccountant,
 )
 from opacus.optimizers import DPOptimizer  # pyright: ignore[reportMissingTypeStubs]
+from torch import Tensor
 
+from lora_privacy._digest import tensor_digest
 from lora_privacy.dp.attestation import (
     AttestedLedger,
     ProjectionAttestation,
@@ -339,18 +339,13 @@ def chain_step_hook(optimizer: DPOptimizer, hook: Callable[[DPOptimizer], None])
     optimizer.attach_step_hook(both)
 
 
-def projection_digest(matrices: Iterable[torch.Tensor]) -> str:
+def projection_digest(matrices: Iterable[Tensor]) -> str:
     """SHA-256 of the shapes, types and entries of one step's A's, for a ``ProjectionAttestation``.
 
     Args:
         matrices: The A of each layer, (rank, in_features), in a fixed order.
     """
-    digest = hashlib.sha256()
-    for matrix in matrices:
-        entries = matrix.detach().cpu().contiguous()
-        digest.update(f"{tuple(entries.shape)} {entries.dtype} ".encode())
-        digest.update(entries.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensor_digest(("", matrix) for matrix in matrices)
 
 
 def _register(name: str, make: functools.partial[Any]) -> None:

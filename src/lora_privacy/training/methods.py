@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 
 from lora_privacy import _validate
+from lora_privacy._digest import tensor_digest
 from lora_privacy.core import FLoRALinear, LoRALinear, adapters
 from lora_privacy.core.peft import is_peft_layer, peft_config
 from lora_privacy.dp.attestation import HAAR_LAWS
@@ -236,14 +236,11 @@ def refuse_packing(loader: DataLoader[Any]) -> None:
 
 def frozen_digest(model: nn.Module) -> str:
     """Hash of every A that is not trained: what the trained B of a LoRA-FA layer belongs to."""
-    found = hashlib.sha256()
-    for name, adapter in known_adapters(model).items():
-        if adapter.kind == "flora" or _factors(adapter)[0].requires_grad:
-            continue
-        entries = adapter.a().detach().cpu().contiguous()
-        found.update(f"{name} {tuple(entries.shape)} {entries.dtype} ".encode())
-        found.update(entries.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return tensor_digest(
+        (f"{name} ", adapter.a())
+        for name, adapter in known_adapters(model).items()
+        if adapter.kind != "flora" and not _factors(adapter)[0].requires_grad
+    )
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
