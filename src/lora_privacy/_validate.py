@@ -16,6 +16,14 @@ def between(name: str, value: float, low: float, high: float, hint: str = "") ->
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}. {hint}".rstrip())
 
 
+def at_least(name: str, value: float, low: float, hint: str = "") -> None:
+    """Raise ValueError unless ``low <= value < inf``; NaN raises."""
+    if not low <= value < math.inf:
+        raise ValueError(
+            f"{name} must be finite and at least {low:g}, got {value!r}. {hint}".rstrip()
+        )
+
+
 def positive(name: str, value: float, hint: str = "") -> None:
     """Raise ValueError unless ``0 < value < inf``; NaN raises."""
     if not 0 < value < math.inf:

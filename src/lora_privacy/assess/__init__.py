@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 __all__ = ["AssessConfig", "Assessment", "ShadowFit", "Shadows", "assess", "train_shadows"]
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "AssessConfig": "config",
-        "Assessment": "result",
-        "ShadowFit": "shadows",
-        "Shadows": "shadows",
-        "assess": "run",
-        "train_shadows": "shadows",
-    },
-)
+if not TYPE_CHECKING:  # checkers read the imports above; these would hide a misspelt name
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "AssessConfig": "config",
+            "Assessment": "result",
+            "ShadowFit": "shadows",
+            "Shadows": "shadows",
+            "assess": "run",
+            "train_shadows": "shadows",
+        },
+    )

@@ -19,6 +19,8 @@ from lora_privacy.core import GradientProbe, decompress, flora_layers, refresh
 from lora_privacy.errors import NonFiniteError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lora_privacy.assess.batches import Batch, TokenisedDataset
     from lora_privacy.assess.config import AssessConfig, Task
     from lora_privacy.assess.measure import NoiseMeter
@@ -255,7 +257,7 @@ def trained_parameters(model: nn.Module, recipe: Recipe) -> int:
     return sum(p.numel() for group in split_parameters(model, recipe) for p in group)
 
 
-def prefixed(prefix: CachedPrefix | None, batch: Batch):  # noqa: ANN201
+def prefixed(prefix: CachedPrefix | None, batch: Batch) -> AbstractContextManager[None]:
     """Take the frozen blocks' output of ``batch`` from memory inside the block, if any is."""
     if prefix is None:
         return nullcontext()

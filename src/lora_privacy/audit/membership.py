@@ -233,7 +233,7 @@ def rmia(
     array([1. , 0.5])
     """
     _validate.choice("mode", mode, ("online", "offline"))
-    _check_gamma(gamma)
+    _validate.at_least("gamma", gamma, 1)
     target = log_probabilities("log_probs", log_probs, (None,))
     references = log_probabilities("reference_log_probs", reference_log_probs, (None, len(target)))
     population = log_probabilities("population_log_probs", population_log_probs, (None,))
@@ -289,7 +289,7 @@ def tune_offline_a(
     References:
         Zarifzadeh, Liu & Shokri, ICML 2024, arXiv:2312.03262, on approximating Pr(x) offline.
     """
-    _check_gamma(gamma)
+    _validate.at_least("gamma", gamma, 1)
     if not grid:
         raise ValueError("grid must hold at least one candidate for a, got none.")
     for candidate in grid:
@@ -390,11 +390,6 @@ def _share(log_ratio: Array, population_log_ratio: Array, gamma: float) -> Array
         low = np.where(passes, middle + 1, low)
         high = np.where(unsettled & ~passes, middle, high)
     return low / len(ordered)
-
-
-def _check_gamma(gamma: float) -> None:
-    if not 1.0 <= gamma < math.inf:
-        raise ValueError(f"gamma must be finite and at least 1, got {gamma!r}.")
 
 
 def _check_a(a: float) -> None:

@@ -91,8 +91,7 @@ def projection_attack(
         arXiv:2601.21719, Theorem 2, for symmetry; docs/theory/projection-attack.md.
     """
     _validate.choice("noise_at", noise_at, get_args(NoisePlace))
-    if not 0 <= noise_std < math.inf:
-        raise ValueError(f"noise_std must be finite and at least 0, got {noise_std!r}.")
+    _validate.at_least("noise_std", noise_std, 0)
     tested = finite("candidates", candidates, None)
     if tested.ndim not in (3, 4) or not tested.size:
         raise ValueError(

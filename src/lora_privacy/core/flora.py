@@ -88,14 +88,16 @@ class FLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         linear, out_features, in_features = check_base(base, rank, alpha, projection)
-        self.resample_every = _validate.integer("resample_every", resample_every, 1)
+        self.resample_every: int = _validate.integer("resample_every", resample_every, 1)
         check_dense(base)
-        self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha = projection.rank, float(alpha)
-        self.scaling = self.alpha / self.rank
-        self.projection = projection
-        self.base = linear.requires_grad_(False)
-        self.expand = thin_linear(rank, out_features, linear)
+        self.in_features: int = in_features
+        self.out_features: int = out_features
+        self.rank: int = projection.rank
+        self.alpha: float = float(alpha)
+        self.scaling: float = self.alpha / self.rank
+        self.projection: RandomProjection = projection
+        self.base: nn.Linear = linear.requires_grad_(False)
+        self.expand: nn.Linear = thin_linear(rank, out_features, linear)
         self.master: nn.Parameter | None = None
         if linear.weight.dtype == self.expand.weight.dtype:
             linear.weight.requires_grad_(True)
@@ -308,7 +310,8 @@ class FLoRAMomentum:
         _validate.positive("lr", lr)
         _validate.between("momentum", momentum, 0.0, 1.0)
         _validate.inside("momentum", momentum, -1.0, 1.0, "1 would ignore every gradient.")
-        self.lr, self.momentum = lr, momentum
+        self.lr: float = lr
+        self.momentum: float = momentum
         self._layers = flora_layers(model)
         self._state: dict[str, Tensor] = {}
 

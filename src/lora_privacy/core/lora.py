@@ -126,13 +126,16 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         linear, out_features, in_features = check_base(base, rank, alpha, projection)
-        self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha, self.train_a = projection.rank, float(alpha), train_a
-        self.scaling = self.alpha / self.rank
-        self.projection = projection
-        self.base = linear.requires_grad_(False)
-        self.project = thin_linear(in_features, rank, linear)
-        self.expand = thin_linear(rank, out_features, linear)
+        self.in_features: int = in_features
+        self.out_features: int = out_features
+        self.rank: int = projection.rank
+        self.alpha: float = float(alpha)
+        self.train_a: bool = train_a
+        self.scaling: float = self.alpha / self.rank
+        self.projection: RandomProjection = projection
+        self.base: nn.Linear = linear.requires_grad_(False)
+        self.project: nn.Linear = thin_linear(in_features, rank, linear)
+        self.expand: nn.Linear = thin_linear(rank, out_features, linear)
         with torch.no_grad():
             self.project.weight.copy_(projection.matrix(0, self.project.weight.dtype))
         self.project.requires_grad_(train_a)

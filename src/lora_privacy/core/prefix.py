@@ -71,7 +71,7 @@ class CachedPrefix:
         self._model = model
         self._dtype = dtype
         self._blocks = _find_blocks(model)
-        self.depth = _count_frozen(model, self._blocks)
+        self.depth: int = _count_frozen(model, self._blocks)
         self._rows: dict[Hashable, _Row] = {}
         self._states = torch.empty(0)
         self._used = 0

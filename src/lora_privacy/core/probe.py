@@ -200,7 +200,7 @@ class GradientRecord:
     )
 
     def __init__(self, name: str, adapter: Adapter) -> None:
-        self.name = name
+        self.name: str = name
         self.rank: int = adapter.rank
         self.law: EntryLaw = adapter.law
         self.scaling: float = adapter.scaling

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
 
 __all__ = ["LABEL_NOISE", "Secret", "TextDataset", "load", "plant_secrets", "tickets"]
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "LABEL_NOISE": "synthetic",
-        "Secret": "synthetic",
-        "TextDataset": "dataset",
-        "load": "sources",
-        "plant_secrets": "synthetic",
-        "tickets": "synthetic",
-    },
-)
+if not TYPE_CHECKING:  # checkers read the imports above; these would hide a misspelt name
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "LABEL_NOISE": "synthetic",
+            "Secret": "synthetic",
+            "TextDataset": "dataset",
+            "load": "sources",
+            "plant_secrets": "synthetic",
+            "tickets": "synthetic",
+        },
+    )

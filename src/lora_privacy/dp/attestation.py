@@ -85,7 +85,7 @@ class AttestedLedger:
     """
 
     def __init__(self, layers: Sequence[tuple[int, int]]) -> None:
-        self.layers = checked_layers(layers)
+        self.layers: tuple[tuple[int, int], ...] = checked_layers(layers)
         self._history: list[tuple[float, float, int]] = []
         # Dictionaries, because they keep the order of the steps and are searched at once.
         self._seeds: dict[str, None] = {}

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _solve
+from lora_privacy.dp._checks import checked_rates
 from lora_privacy.dp.pld import PldAccountant
 from lora_privacy.dp.result import Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
@@ -89,9 +90,7 @@ class PrivacyCurve:
         Raises:
             ValueError: A rate is outside [0, 1] or NaN.
         """
-        rates = np.asarray(fpr, dtype=np.float64)
-        if not np.all((rates >= 0) & (rates <= 1)):
-            raise ValueError(f"fpr must lie in [0, 1], got {fpr!r}.")
+        rates = checked_rates(fpr)
         best = np.zeros(rates.shape)
         for epsilon, delta in self._pairs():
             # e^ε α with α = 0 must stay 0 where e^ε overflows.

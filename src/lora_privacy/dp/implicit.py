@@ -167,11 +167,8 @@ def implied_privacy(
 
 
 def _check_distortion(distortion: float) -> None:
-    if not 0 <= distortion < math.inf:
-        raise ValueError(
-            f"distortion must be finite and at least 0, got {distortion!r}. It is the τ in "
-            "(1-τ)‖x‖ ≤ ‖Ax‖ ≤ (1+τ)‖x‖ that you are ready to assume for every row."
-        )
+    hint = "It is the τ in (1-τ)‖x‖ ≤ ‖Ax‖ ≤ (1+τ)‖x‖ that you are ready to assume for every row."
+    _validate.at_least("distortion", distortion, 0, hint)
 
 
 def _checked_layers(layers: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

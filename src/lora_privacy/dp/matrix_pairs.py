@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
+from lora_privacy.dp._checks import checked_orders
 from lora_privacy.dp._conversion import least_epsilon
 from lora_privacy.dp._vector_loss import VectorLoss
 from lora_privacy.dp.pairwise import VectorProjection
@@ -214,10 +215,7 @@ class SketchRelease:
         Raises:
             ValueError: An order is out of range.
         """
-        wanted = np.asarray(orders, np.float64)
-        if not np.all((wanted > 1) & np.isfinite(wanted)):
-            raise ValueError(f"orders must be finite and above 1, got {orders!r}.")
-        return self._divergence(wanted, backward=backward)
+        return self._divergence(checked_orders(orders), backward=backward)
 
     def epsilon(self, delta: float) -> PairDivergence:
         """Upper bound on ε of each direction at ``delta``, converted from the best order.

@@ -13,6 +13,7 @@ from typing import Literal, NoReturn, get_args
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy import _validate
+from lora_privacy.dp._checks import checked_epsilon
 from lora_privacy.dp._vector_loss import VectorLoss, projected_sign_flip
 from lora_privacy.dp.result import PairDivergence
 from lora_privacy.errors import UnsupportedEventError
@@ -89,13 +90,12 @@ class VectorProjection:
             ConvergenceError: The quadrature missed its tolerance.
         """
         _validate.choice("direction", direction, get_args(Direction))
-        if not 0 <= epsilon < math.inf:
-            raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
+        epsilon = checked_epsilon(epsilon)
         values: list[float] = []
         if direction != "backward":
-            values.append(self._loss(self.norm_ratio).delta(float(epsilon)))
+            values.append(self._loss(self.norm_ratio).delta(epsilon))
         if direction == "backward" or (direction == "both" and self.norm_ratio != 1):
-            values.append(self._loss(1 / self.norm_ratio).delta(float(epsilon)))
+            values.append(self._loss(1 / self.norm_ratio).delta(epsilon))
         return max(values)
 
     def epsilon(self, delta: float) -> PairDivergence:
@@ -108,9 +108,10 @@ class VectorProjection:
             ConvergenceError: The search or its quadrature missed its tolerance.
         """
         _validate.inside("delta", delta, 0, 1)
-        forward = self._loss(self.norm_ratio).epsilon(float(delta))
+        delta = float(delta)
+        forward = self._loss(self.norm_ratio).epsilon(delta)
         same = self.norm_ratio == 1
-        backward = forward if same else self._loss(1 / self.norm_ratio).epsilon(float(delta))
+        backward = forward if same else self._loss(1 / self.norm_ratio).epsilon(delta)
         epsilon = max(forward, backward)
         reason = None
         if math.isinf(epsilon):
@@ -122,7 +123,7 @@ class VectorProjection:
             epsilon=epsilon,
             forward=forward,
             backward=backward,
-            delta=float(delta),
+            delta=delta,
             method="exact profile",
             pair=(
                 f"vectors of length {self.in_features} with cosine {self.cosine!r} and norm ratio "
@@ -211,7 +212,7 @@ def vector_projection_bound(
         backward=epsilon,
         delta=float(delta),
         method=f"upper bound, P2 Theorem 1, corrected ({shape} shape)",
-        pair=(f"vectors of length {m} with cosine {rho!r} and equal norms, projected at rank {r}"),
+        pair=f"vectors of length {m} with cosine {rho!r} and equal norms, projected at rank {r}",
         references=("p2-projections-2026",),
         reason=reason,
     )

@@ -12,10 +12,22 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _majorant, _projected_rdp
-from lora_privacy.dp._checks import check_noise_multiplier, check_sample_rate
+from lora_privacy.dp._checks import (
+    check_noise_multiplier,
+    check_sample_rate,
+    checked_delta,
+    checked_epsilon,
+    checked_orders,
+)
 from lora_privacy.dp._conversion import least_epsilon, least_log_delta
 from lora_privacy.dp._profiles import DIRECTIONS, Direction, Profile
-from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
+from lora_privacy.dp.result import (
+    ADJACENCIES,
+    GAUSSIAN_NOISE,
+    POISSON_SAMPLED,
+    Adjacency,
+    PrivacyBound,
+)
 from lora_privacy.errors import UnsupportedEventError
 
 __all__ = ["ProjectedGaussian"]
@@ -82,12 +94,11 @@ class ProjectedGaussian:
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What must be true of the run, one sentence each; the class says it in full."""
-        coin = "each release has its own Poisson sample, independent of all others and secret"
-        sampled = (coin,) if self.sample_rate < 1 else ()
+        sampled = (POISSON_SAMPLED,) if self.sample_rate < 1 else ()
         return (
             "each record's gradient over all layers is clipped by its full Frobenius norm",
             *sampled,
-            "the noise is Gaussian, fresh for each release and unknown to others",
+            GAUSSIAN_NOISE,
             "A is drawn anew for each release, independently of data, sampling and noise",
             "the row space of A is Haar: A is Gaussian or orthonormal",
             "no gradient depends on A: B is folded and reset at every release",
@@ -115,9 +126,7 @@ class ProjectedGaussian:
             ValueError: An order is out of range.
             UnsupportedEventError: There is no proof under this adjacency.
         """
-        wanted = np.asarray(orders, dtype=np.float64)
-        if not np.all((wanted > 1) & np.isfinite(wanted)):
-            raise ValueError(f"orders must be finite and above 1, got {orders!r}.")
+        wanted = checked_orders(orders)
         refuse_unproved(self, adjacency)
         noise = self._effective_noise(adjacency)
         moments = _projected_rdp.log_moment(self.layers, noise, self.sample_rate, wanted)
@@ -155,9 +164,7 @@ class ProjectedGaussian:
         Raises:
             ValueError: ``epsilon`` is negative, infinite or NaN.
         """
-        if not 0 <= epsilon < math.inf:
-            raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
-        noise, epsilon = self._effective_noise(adjacency), float(epsilon)
+        noise, epsilon = self._effective_noise(adjacency), checked_epsilon(epsilon)
         value, method = self._exact(adjacency, epsilon)
         if _has_rdp(self, adjacency):
             low = least_log_delta(self._cost(adjacency), self._start(noise), epsilon, None)[0]
@@ -171,8 +178,7 @@ class ProjectedGaussian:
         Raises:
             ValueError: ``delta`` is not in (0, 1).
         """
-        _validate.inside("delta", delta, 0, 1, "Gaussian noise gives no finite ε at δ = 0.")
-        noise, delta = self._effective_noise(adjacency), float(delta)
+        noise, delta = self._effective_noise(adjacency), checked_delta(delta)
         value, method = self._search(adjacency, delta)
         if _has_rdp(self, adjacency):
             other = least_epsilon(self._cost(adjacency), self._start(noise), delta, None)[0]

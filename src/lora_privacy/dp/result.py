@@ -34,6 +34,11 @@ CAVEATS = (
 )
 """Printed with every bound."""
 
+# Assumptions that accountants share.
+CLIPPED = "each record's contribution to a release has norm at most the clip norm"
+POISSON_SAMPLED = "each release has its own Poisson sample, independent of all others and secret"
+GAUSSIAN_NOISE = "the noise is Gaussian, fresh for each release and unknown to others"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacyBound:

@@ -306,7 +306,8 @@ class SpectrumProfile:
         *,
         before_noise: bool = False,
     ) -> None:
-        self.denoiser, self._before_noise = denoiser, bool(before_noise)
+        self.denoiser: Callable[[str, Tensor, float], Tensor] | None = denoiser
+        self._before_noise = bool(before_noise)
         self.records: dict[str, list[SpectrumRecord]] = {}
         self._before: dict[str, npt.NDArray[np.float64]] = {}
 

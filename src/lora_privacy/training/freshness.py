@@ -39,8 +39,10 @@ class FreshProjections:
     """
 
     def __init__(self, layers: dict[str, FLoRALinear]) -> None:
-        self.layers = layers
-        self.shapes = tuple((layer.in_features, layer.rank) for layer in layers.values())
+        self.layers: dict[str, FLoRALinear] = layers
+        self.shapes: tuple[tuple[int, int], ...] = tuple(
+            (layer.in_features, layer.rank) for layer in layers.values()
+        )
         self.law: LawName = next(iter(layers.values())).projection.law
         self.draw: Callable[[], int] = SystemRandomness().seed
         self._seed: int | None = None

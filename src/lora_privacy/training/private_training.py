@@ -88,8 +88,10 @@ class PrivateTraining:
         deterministic: bool,
         processes: Processes,
     ) -> None:
-        self.model, self.optimizer, self.method = model, optimizer, method
-        self.delta = delta
+        self.model: nn.Module = model
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.method: Method = method
+        self.delta: float = delta
         self._sample_rate, self._expected_batch_size = sample_rate, expected_batch_size
         self._noise_multiplier = math.nan
         self._step = 0

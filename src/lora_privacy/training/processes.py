@@ -68,7 +68,8 @@ class Processes(Protocol):
 class OneProcess:
     """A training of its own."""
 
-    rank, size = 0, 1
+    rank: int = 0
+    size: int = 1
 
     def share(self, draw: Callable[[], int]) -> int:
         """What it draws."""
@@ -106,8 +107,8 @@ class ProcessGroup:
                 "distributed=True needs a process group: start the script with torchrun and call "
                 "torch.distributed.init_process_group first."
             )
-        self.rank = torch.distributed.get_rank()
-        self.size = torch.distributed.get_world_size()
+        self.rank: int = torch.distributed.get_rank()
+        self.size: int = torch.distributed.get_world_size()
         # A group of its own: messages of the script cannot pair with ours, or get our sums.
         self._group: Any = torch.distributed.new_group(timeout=_timeout())
 

@@ -191,7 +191,7 @@ class SampleRecorder:
     """
 
     def __init__(self, model: nn.Module, *, dense: bool = False) -> None:
-        self.taps = trained_layers(model)
+        self.taps: dict[str, LayerTap] = trained_layers(model)
         self._model = model
         for tap in self.taps.values():
             tap.dense = dense

@@ -106,9 +106,9 @@ class PoissonLoader:
         control: StepControl,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.dataset = loader.dataset
-        self.physical_batch_size = physical_batch_size
-        self.steps_per_epoch = max(1, round(1 / control.sample_rate))
+        self.dataset: Dataset[Any] = loader.dataset
+        self.physical_batch_size: int | None = physical_batch_size
+        self.steps_per_epoch: int = max(1, round(1 / control.sample_rate))
         self._size = len(cast("Any", loader.dataset))
         self._control, self._share = control, share
         self._drawn: dict[int, np.ndarray] = {}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -154,17 +154,17 @@ class PrivateTrainer(Trainer):
         super().__init__(*args, **options)
         given: TrainingArguments = self.args
         _refuse(given, self)
-        self.privacy = privacy
+        self.privacy: PrivacyArguments = privacy
         self.private: PrivateTraining | None = None
         self._transform, self._denoiser = transform, denoiser
         self._resume: Path | None = None
-        self.expected_batch_size = (
+        self.expected_batch_size: int = (
             given.per_device_train_batch_size
             * given.gradient_accumulation_steps
             * given.world_size
         )
         # The user's arguments stay as they are.
-        self.args = copy.copy(given)
+        self.args: TrainingArguments = copy.copy(given)
         self.args.max_grad_norm = 0.0
         self.args.gradient_accumulation_steps = 1
         self.args.average_tokens_across_devices = False
@@ -453,7 +453,7 @@ class StepLoader:
     """What the Trainer iterates over: an item a step, which iterates over its parts."""
 
     def __init__(self, private: PrivateTraining) -> None:
-        self.dataset = private.data_loader.dataset
+        self.dataset: Dataset[Any] = private.data_loader.dataset
         self._private, self._loader = private, private.data_loader
 
     def __len__(self) -> int:

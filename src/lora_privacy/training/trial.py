@@ -90,7 +90,7 @@ class Records:
             raise TypeError("batch must hold tensors with a row for each record.")
         main = getattr(model, "main_input_name", None)
         first = tensors[main] if main in tensors else next(iter(tensors.values()))
-        self.size = first.shape[0]
+        self.size: int = first.shape[0]
         self._rows = {k: v for k, v in tensors.items() if v.shape[0] == self.size}
         if self.size < 2:
             raise ValueError(
