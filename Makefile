@@ -31,7 +31,7 @@ examples: $(STAMPS)/install $(STAMPS)/demo-model  ## train privately by LoRA, by
 
 # A folder of public data sets: docs/reproduction.md names them.
 DATA ?= ../shared/data
-REPRODUCTIONS := p1_noise p1_leakage p2_vector_projection p2_membership p2_accuracy p3_denoising
+REPRODUCTIONS := p1_noise p1_leakage p2_vector_projection p2_membership p2_accuracy p3_denoising p3_language_model
 
 reproduce: $(STAMPS)/dev $(STAMPS)/demo-model $(STAMPS)/causal-lm  ## rerun what the papers report, in about an hour; FULL=--full for more seeds
 	@for name in $(REPRODUCTIONS); do \
