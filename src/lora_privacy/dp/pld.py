@@ -11,12 +11,24 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _gaussian, _solve
-from lora_privacy.dp._checks import merged_ledger
+from lora_privacy.dp._checks import (
+    checked_delta,
+    checked_epsilon,
+    checked_rates,
+    merged_ledger,
+)
 from lora_privacy.dp._profiles import Profile, ProfiledEvent, SampledPair
 from lora_privacy.dp._replaced import ReplacedPair
 from lora_privacy.dp.events import GaussianEvent, ProjectedGaussian, SampledGaussian
 from lora_privacy.dp.rdp import RdpAccountant
-from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
+from lora_privacy.dp.result import (
+    ADJACENCIES,
+    CLIPPED,
+    GAUSSIAN_NOISE,
+    POISSON_SAMPLED,
+    Adjacency,
+    PrivacyBound,
+)
 from lora_privacy.errors import UnsupportedEventError
 
 __all__ = ["PldAccountant"]
@@ -87,7 +99,7 @@ class PldAccountant:
         Where the grid cannot reach a width of 1 % of ε, the Rényi bound is computed too, and the
         smaller of both is returned; ``method`` says which.
         """
-        delta = _checked_delta(delta)
+        delta = checked_delta(delta)
         low, high = self.epsilon_interval(delta)
         method = self._method()
         if method == "pld" and not (math.isfinite(high) and high - low <= _solve.WIDTH * high):
@@ -102,7 +114,7 @@ class PldAccountant:
         Raises:
             ValueError: ``epsilon`` is negative, infinite or NaN.
         """
-        epsilon = _checked_epsilon(epsilon)
+        epsilon = checked_epsilon(epsilon)
         low, high = self.delta_interval(epsilon)
         method = self._method()
         if method == "pld" and high > 2 * low:
@@ -121,7 +133,7 @@ class PldAccountant:
         Raises:
             ValueError: ``delta`` is not in (0, 1).
         """
-        delta = _checked_delta(delta)
+        delta = checked_delta(delta)
         if not self.events:
             return 0.0, 0.0
         mu, sources = self._sources()
@@ -131,7 +143,7 @@ class PldAccountant:
 
     def delta_interval(self, epsilon: float) -> tuple[float, float]:
         """Certified ends of the smallest δ at ``epsilon`` >= 0; see ``epsilon_interval``."""
-        epsilon = _checked_epsilon(epsilon)
+        epsilon = checked_epsilon(epsilon)
         if not self.events:
             return 0.0, 0.0
         mu, sources = self._sources()
@@ -147,9 +159,7 @@ class PldAccountant:
         Raises:
             ValueError: A rate is not in [0, 1].
         """
-        rates = np.asarray(fpr, dtype=np.float64)
-        if not np.all((rates >= 0) & (rates <= 1)):
-            raise ValueError(f"fpr must lie in [0, 1], got {fpr!r}.")
+        rates = checked_rates(fpr)
         if not self.events:
             return 1.0 - rates
         mu, sources = self._sources()
@@ -225,15 +235,13 @@ class PldAccountant:
             )
         elif delta == 1:
             reason = f"no δ below 1 is proved at ε = {epsilon!r}."
-        assumptions = ["each record's contribution to a release has norm at most the clip norm"]
+        assumptions = [CLIPPED]
         references: list[str] = list(_CLOSED if method == "gdp" else _GRID)
         if any(isinstance(event, SampledGaussian) for event, _ in self.events):
-            assumptions.append(
-                "each release has its own Poisson sample, independent of all others and secret"
-            )
+            assumptions.append(POISSON_SAMPLED)
         if self.adjacency == "replace" and any(_is_sampled(event) for event, _ in self.events):
             references.append("balle-subsampling-2018")
-        assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
+        assumptions.append(GAUSSIAN_NOISE)
         for event, _ in self.events:
             if isinstance(event, ProfiledEvent):
                 assumptions += [one for one in event.assumptions if one not in assumptions]
@@ -285,17 +293,6 @@ def _is_plain(event: LossEvent) -> TypeGuard[GaussianEvent | SampledGaussian]:
 
 def _is_sampled(event: LossEvent) -> bool:
     return isinstance(event, SampledGaussian | ProjectedGaussian) and event.sample_rate < 1
-
-
-def _checked_delta(delta: float) -> float:
-    _validate.inside("delta", delta, 0, 1, "Gaussian noise gives no finite ε at δ = 0.")
-    return float(delta)
-
-
-def _checked_epsilon(epsilon: float) -> float:
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
-    return float(epsilon)
 
 
 def _refuse_unproved(event: LossEvent, adjacency: Adjacency) -> None:

@@ -12,11 +12,24 @@ import numpy.typing as npt
 
 from lora_privacy import _validate
 from lora_privacy.dp import _moments
-from lora_privacy.dp._checks import check_sample_rate, merged_ledger
+from lora_privacy.dp._checks import (
+    check_sample_rate,
+    checked_delta,
+    checked_epsilon,
+    checked_orders,
+    merged_ledger,
+)
 from lora_privacy.dp._conversion import least_epsilon, least_log_delta
 from lora_privacy.dp.events import Event, GaussianEvent, ProjectedGaussian, SampledGaussian
 from lora_privacy.dp.projected import refuse_unproved as refuse_unproved_projection
-from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
+from lora_privacy.dp.result import (
+    ADJACENCIES,
+    CLIPPED,
+    GAUSSIAN_NOISE,
+    POISSON_SAMPLED,
+    Adjacency,
+    PrivacyBound,
+)
 from lora_privacy.errors import UnsupportedEventError
 
 __all__ = ["RdpAccountant", "event_rdp", "sampled_gaussian_bounds", "sampled_gaussian_rdp"]
@@ -24,7 +37,6 @@ __all__ = ["RdpAccountant", "event_rdp", "sampled_gaussian_bounds", "sampled_gau
 Array = npt.NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)
-_NO_PURE_DP = "Gaussian noise gives no finite ε at δ = 0."
 _REFERENCES = ("mironov-rdp-2017", "mironov-sampled-2019", "canonne-discrete-2020")
 
 
@@ -56,7 +68,7 @@ def sampled_gaussian_rdp(
     (2, 3)
     """
     noises = np.asarray(noise_multiplier, dtype=np.float64)
-    wanted = _checked_orders(orders)
+    wanted = checked_orders(orders)
     check_sample_rate(sample_rate)
     for noise in noises.ravel():
         _validate.positive("noise_multiplier", float(noise))
@@ -81,7 +93,7 @@ def event_rdp(
         ValueError: An order is out of range.
     """
     _validate.choice("adjacency", adjacency, ADJACENCIES)
-    wanted = _checked_orders(orders)
+    wanted = checked_orders(orders)
     _refuse_unproved(event, adjacency)
     return _divergences(event, wanted.ravel(), adjacency).reshape(wanted.shape)
 
@@ -117,7 +129,7 @@ class RdpAccountant:
     def __post_init__(self) -> None:
         _validate.choice("adjacency", self.adjacency, ADJACENCIES)
         if self.orders is not None:
-            grid = _checked_orders(self.orders)
+            grid = checked_orders(self.orders)
             if grid.ndim != 1 or not grid.size:
                 raise ValueError(
                     f"orders must be a flat sequence, not empty, got {self.orders!r}. "
@@ -146,8 +158,7 @@ class RdpAccountant:
         Floating-point rounding is bounded and added, so an ε may be above the exact minimum by
         about 1e-11 of it, and never below.
         """
-        _validate.inside("delta", delta, 0, 1, _NO_PURE_DP)
-        delta = float(delta)
+        delta = checked_delta(delta)
         value = 0.0
         if self.events:
             value = float(least_epsilon(self._cost, self._plain(), delta, self.orders)[0])
@@ -159,10 +170,7 @@ class RdpAccountant:
         Raises:
             ValueError: ``epsilon`` is negative, infinite or NaN.
         """
-        if not 0 <= epsilon < math.inf:
-            raise ValueError(f"epsilon must be finite and at least 0, got {epsilon!r}.")
-
-        epsilon, low = float(epsilon), -math.inf
+        epsilon, low = checked_epsilon(epsilon), -math.inf
         if self.events:
             low = float(least_log_delta(self._cost, self._plain(), epsilon, self.orders)[0])
         value = min(1.0, math.nextafter(math.exp(min(low, 0.0)), 2.0))
@@ -224,7 +232,7 @@ def sampled_gaussian_bounds(
         raise ValueError(f"noise_multiplier must be flat, got shape {noises.shape}.")
     events = [SampledGaussian(float(z), float(sample_rate)) for z in noises]
     steps = _validate.integer("steps", steps, 1)
-    _validate.inside("delta", delta, 0, 1, _NO_PURE_DP)
+    delta = checked_delta(delta)
     grid = RdpAccountant(orders=orders).orders
 
     def cost(rows: npt.NDArray[np.int64], wanted: Array) -> Array:
@@ -247,12 +255,10 @@ def _bound(
         reason = "the Rényi divergence is beyond double precision at every order tried."
     elif delta == 1:
         reason = f"the Rényi divergences prove no δ below 1 at ε = {epsilon!r}."
-    assumptions = ["each record's contribution to a release has norm at most the clip norm"]
+    assumptions = [CLIPPED]
     if any(isinstance(event, SampledGaussian) for event in events):
-        assumptions.append(
-            "each release has its own Poisson sample, independent of all others and secret"
-        )
-    assumptions.append("the noise is Gaussian, fresh for each release and unknown to others")
+        assumptions.append(POISSON_SAMPLED)
+    assumptions.append(GAUSSIAN_NOISE)
     references = _REFERENCES
     for event in events:
         if isinstance(event, ProjectedGaussian):
@@ -298,13 +304,6 @@ def _rows(noises: Array, rate: float, orders: Array) -> Array:
         # Sampling never costs more than no sampling, by joint quasi-convexity.
         result[usual] = np.minimum(sampled, plain[usual])
     return np.nextafter(result * (1 + 4 * _EPS), np.inf)
-
-
-def _checked_orders(orders: npt.ArrayLike) -> Array:
-    wanted = np.asarray(orders, dtype=np.float64)
-    if not np.all((wanted > 1) & np.isfinite(wanted)):
-        raise ValueError(f"orders must be finite and above 1, got {orders!r}.")
-    return wanted
 
 
 def _refuse_unproved(event: Event, adjacency: Adjacency) -> None:
