@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["BUDGET", "MIN_PAIRS", "SELDOM", "Median", "measure", "median", "ratio"]
+__all__ = ["BUDGET", "MIN_PAIRS", "SELDOM", "Median", "exponent", "measure", "median", "ratio"]
 
 MIN_PAIRS = 100
 BUDGET = 120.0  # CPU seconds of one comparison, so that all of `make bench` takes 30 minutes
@@ -95,3 +95,9 @@ def ratio(work: npt.NDArray[np.float64], peer: npt.NDArray[np.float64]) -> Media
     if work.shape != peer.shape:
         raise ValueError(f"work and peer must be paired, got {work.shape} and {peer.shape}.")
     return median(work / peer)
+
+
+def exponent(sizes: npt.ArrayLike, table: npt.NDArray[np.float64]) -> Median:
+    """Exponent b of cost ~ size^b: least squares of logarithms within a round, (sizes, rounds)."""
+    slopes = np.polyfit(np.log(np.asarray(sizes, np.float64)), np.log(table), 1)[0]
+    return median(np.atleast_1d(slopes))

@@ -121,6 +121,7 @@ TARGETS: tuple[Target, ...] = (
     Target("training-head", _HEAD, "dp-flora", None, 200.0),
     Target("rdp", _RDP, "one call", "Opacus", 100.0),
     Target("rdp", _RDP, "one call", "dp-accounting", 100.0),
+    Target("rdp", _RDP, "one ledger of all", "Opacus, a ledger", 100.0),
     Target("rdp", _RDP, "nats below Opacus, at most", None, 1e-9),
     Target("pld", _PLD, "ours", "dp-accounting, grid 1e-4", 10.0),
     Target("pld", _PLD, "ours", "Opacus PRV", 10.0),

@@ -21,7 +21,7 @@ import torch
 from opacus.grad_sample.linear import compute_linear_norm_sample
 from torch import nn
 
-from _measure import measure, median
+from _measure import exponent, measure
 from _results import Curve, Results
 from _tasks import gpt2, opacus, ours, plain, with_flora, with_lora
 from lora_privacy.audit import epsilon_one_run, exposure
@@ -94,8 +94,7 @@ def keep(
         (name, sizes, table),
         (f"{name}, between the two largest", sizes[-2:], table[-2:]),
     ):
-        slopes = np.polyfit(np.log(x), np.log(y), 1)[0]
-        results.add("exponents", what, median(np.atleast_1d(slopes)), unit="exponent")
+        results.add("exponents", what, exponent(x, y), unit="exponent")
 
 
 def part_tokens(results: Results, rounds: int) -> None:

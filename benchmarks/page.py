@@ -96,7 +96,13 @@ def tables(results: Results) -> str:
             f"{row.verdict()} |"
             for row in rows
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\n{raw([results.benchmark])}\n"
+
+
+def raw(names: list[str]) -> str:
+    """Where the results lie."""
+    links = ", ".join(f"[{name}.json](performance/{name}.json)" for name in names)
+    return f"Raw results: {links}."
 
 
 def targets(found: dict[str, Results]) -> str:
@@ -137,12 +143,11 @@ def growth(found: dict[str, Results]) -> str:
         "\n| grows in | what | expected | over all sizes [95 %] | between the two largest | why |",
         "|---|---|---|---|---|---|",
     ]
-    for name, results in found.items():
-        if not name.startswith("growth-"):
-            continue
+    names = [name for name in found if name.startswith("growth-")]
+    for results in (found[name] for name in names):
         rows = {row.name: row for row in results.rows}
         lines += [_exponents(curve, rows) for curve in results.curves]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\n{raw(names)}\n"
 
 
 def _exponents(curve: Curve, rows: dict[str, Row]) -> str:

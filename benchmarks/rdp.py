@@ -43,6 +43,17 @@ def ours_one_by_one(noises: np.ndarray) -> list[float]:
     ]
 
 
+def our_ledger(noises: np.ndarray) -> list[float]:
+    events = tuple((SampledGaussian(float(z), RATE), STEPS) for z in noises)
+    return [RdpAccountant(orders=ORDERS, events=events).epsilon(DELTA).epsilon]
+
+
+def opacus_ledger(noises: np.ndarray) -> list[float]:
+    accountant = OpacusAccountant()
+    accountant.history = [(float(z), RATE, STEPS) for z in noises]
+    return [accountant.get_epsilon(DELTA)]
+
+
 def opacus(noises: np.ndarray) -> list[float]:
     found = []
     for z in noises:
@@ -87,7 +98,9 @@ def main() -> None:
         "one call": (ours, RUNS),
         "one call, any order": (ours_any_order, RUNS),
         "one by one": (ours_one_by_one, options.peer_runs),
+        "one ledger of all": (our_ledger, RUNS),
         "Opacus": (opacus, options.peer_runs),
+        "Opacus, a ledger": (opacus_ledger, options.peer_runs),
         "dp-accounting": (dp_accounting, options.peer_runs),
     }
     spent = {name: np.empty(options.rounds) for name in jobs}
@@ -104,6 +117,10 @@ def main() -> None:
                 part, name, median(spent[other] / spent[name]), peer=other, unit="faster",
                 smaller_is_better=False,
             )  # fmt: skip
+    results.add(
+        part, "one ledger of all", median(spent["Opacus, a ledger"] / spent["one ledger of all"]),
+        peer="Opacus, a ledger", unit="faster", smaller_is_better=False,
+    )  # fmt: skip
     results.save()
 
 
