@@ -14,7 +14,7 @@ from lora_privacy.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from lora_privacy.data import TextDataset
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerCallback
 
 from lora_privacy import _validate
 from lora_privacy.core import GradientProbe, adapters, drift, snapshot
@@ -14,7 +14,9 @@ from lora_privacy.errors import UnsupportedTrainingError
 from lora_privacy.training.trainer import StepLoader
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer import Trainer
+    from transformers.trainer_callback import TrainerControl, TrainerState
+    from transformers.training_args import TrainingArguments
 
     from lora_privacy.core import AdapterSnapshot
 

@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+# Not from transformers itself: a type checker would read all its models to find them there.
+from transformers.trainer import Trainer
+from transformers.trainer_callback import TrainerCallback
 
 from lora_privacy.errors import StorageError, UnsupportedTrainingError
 from lora_privacy.training.engine import make_private
@@ -34,7 +37,8 @@ from lora_privacy.training.private_training import PrivateTraining
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import TrainerControl, TrainerState
+    from transformers.training_args import TrainingArguments
 
     from lora_privacy.dp import Adjacency, PrivacyBound
     from lora_privacy.training.clipping import ClippingName, Transform
