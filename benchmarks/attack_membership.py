@@ -23,10 +23,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lora_privacy.assess import AssessConfig
+from lora_privacy.assess.adapter_fit import AdapterFit
 from lora_privacy.assess.auditing import Game
 from lora_privacy.assess.batches import Batch, TokenisedDataset
 from lora_privacy.assess.models import load_model
-from lora_privacy.assess.shadows import AdapterFit, ShadowFit, Shadows, train_shadows
+from lora_privacy.assess.shadows import ShadowFit, Shadows, train_shadows
 from lora_privacy.audit import auc, tpr_at_fpr
 from lora_privacy.core import adapt
 from lora_privacy.data import TextDataset, load, tickets

@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from lora_privacy.assess import AssessConfig
 from lora_privacy.assess.batches import Batch, TokenisedDataset
+from lora_privacy.assess.gradients import sample_gradients
+from lora_privacy.assess.methods import MethodName
 from lora_privacy.assess.models import load_model
-from lora_privacy.assess.updates import UpdateMethod, attack_updates, sample_gradients
+from lora_privacy.assess.updates import attack_updates
 from lora_privacy.audit import RateEstimate, auc, projection_attack
 from lora_privacy.core import adapt, adapters
 from lora_privacy.data import TextDataset, load, tickets
@@ -139,7 +141,7 @@ def main() -> None:
             flush=True,
         )
 
-    def play(knowledge: str, method: UpdateMethod, rank: int, z: float) -> None:
+    def play(knowledge: str, method: MethodName, rank: int, z: float) -> None:
         found = attack_updates(
             large if z else pool,
             method=method,

@@ -26,8 +26,9 @@ from torch.nn import functional
 
 from lora_privacy.assess import AssessConfig
 from lora_privacy.assess.batches import TokenisedDataset
+from lora_privacy.assess.gradients import sample_gradients
 from lora_privacy.assess.models import load_model
-from lora_privacy.assess.updates import attack_updates, sample_gradients
+from lora_privacy.assess.updates import attack_updates
 from lora_privacy.audit import auc, projection_attack
 from lora_privacy.core import adapt, adapters
 from lora_privacy.data import load, tickets

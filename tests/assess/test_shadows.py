@@ -18,7 +18,8 @@ from torch.nn import functional
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lora_privacy.assess import AssessConfig, Shadows, train_shadows
-from lora_privacy.assess.shadows import AdapterFit, coins_of
+from lora_privacy.assess.adapter_fit import AdapterFit
+from lora_privacy.assess.shadows import coins_of
 from lora_privacy.audit import attack_r, lira, rmia, tune_offline_a
 from lora_privacy.core import adapt
 from lora_privacy.data import TextDataset, tickets

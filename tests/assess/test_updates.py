@@ -24,13 +24,13 @@ from transformers import (
 
 from lora_privacy.assess import updates
 from lora_privacy.assess.batches import TokenisedDataset
+from lora_privacy.assess.gradients import sample_gradients
 from lora_privacy.assess.models import MeanPoolClassifier
 from lora_privacy.assess.updates import (
     UpdateAttack,
     attack_updates,
     best_auc,
     clip_factors,
-    sample_gradients,
 )
 from lora_privacy.audit import LeakageEstimate, projection_attack
 from lora_privacy.core import CachedPrefix, adapt

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_privacy.assess.auditing import PAPERS
-from lora_privacy.assess.methods import recipe
+from lora_privacy.assess.game import PAPERS
+from lora_privacy.assess.methods import recipe_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ def citations(result: Assessment) -> tuple[str, ...]:
 
 
 def _of(method: MethodResult) -> Iterator[str]:
-    way = recipe(method.method)
+    way = recipe_of(method.method)
     if way.trains in _TRAINS:
         yield _TRAINS[way.trains]
     if way.private:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_privacy import _validate
-from lora_privacy.assess.methods import Recipe, recipe
+from lora_privacy.assess.methods import Recipe, recipe_of
 from lora_privacy.errors import ConfigError
 from lora_privacy.laws import LAW_NAMES, LawName
 
-__all__ = ["DEFAULT_METHODS", "AssessConfig", "Task", "read_settings", "toml_text"]
+__all__ = ["DEFAULT_METHODS", "AssessConfig", "Task", "json_hash", "read_settings", "toml_text"]
 
 Task = Literal["classification", "causal-lm"]
 _FEWEST_REFERENCES = 4
@@ -128,7 +128,7 @@ class AssessConfig:
                 f"methods must name at least one, such as {', '.join(DEFAULT_METHODS)}."
             )
         for method in self.methods:
-            recipe(method)  # refuses what it does not know
+            recipe_of(method)  # refuses what it does not know
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods names one twice: {', '.join(self.methods)}.")
         for name in ("rank", "epochs", "batch_size", "probe_every", "private_batch_size"):
@@ -170,7 +170,7 @@ class AssessConfig:
     @property
     def recipes(self) -> tuple[Recipe, ...]:
         """The methods, taken apart."""
-        return tuple(recipe(name) for name in self.methods)
+        return tuple(recipe_of(name) for name in self.methods)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> AssessConfig:
@@ -212,7 +212,12 @@ class AssessConfig:
     def fingerprint(self) -> str:
         """Hash of all settings but ``methods``: runs that share it may share a folder."""
         settings = {name: value for name, value in self.to_dict().items() if name != "methods"}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return json_hash(settings)
+
+
+def json_hash(value: object) -> str:
+    """64 bits of the SHA-256 of plain values, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from lora_privacy.assess.auditing import AuditConfig, Game, LeakageReport, audit
-from lora_privacy.assess.shadows import AdapterFit, Shadows, complete_shadows, examples_of
+from lora_privacy.assess.adapter_fit import AdapterFit, examples_of
+from lora_privacy.assess.auditing import AuditConfig, LeakageReport, audit
+from lora_privacy.assess.game import Game
+from lora_privacy.assess.shadows import Shadows, complete_shadows
 from lora_privacy.audit import roc_curve
 from lora_privacy.errors import DataError
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, get_args
 
-__all__ = ["ADDITIONS", "METHODS", "Recipe", "recipe"]
+__all__ = ["ADDITIONS", "METHODS", "MethodName", "Recipe", "recipe_of"]
 
-METHODS: tuple[str, ...] = (
-    "full",
-    "lora",
-    "lora-fa",
-    "flora",
-    "dp-sgd",
-    "dp-lora",
-    "dp-lora-fa",
-    "dp-flora",
-)
+MethodName = Literal[
+    "full", "lora", "lora-fa", "flora", "dp-sgd", "dp-lora", "dp-lora-fa", "dp-flora"
+]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 """Names of methods without additions."""
 
 ADDITIONS: tuple[str, ...] = ("scaling", "denoise")
@@ -50,7 +45,7 @@ class Recipe:
 
 
 @lru_cache
-def recipe(name: str) -> Recipe:
+def recipe_of(name: str) -> Recipe:
     """Take ``name`` apart.
 
     Raises:

@@ -18,7 +18,8 @@ from lora_privacy.errors import DataError, MissingPackageError, UnsupportedLayer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.modeling_utils import PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from lora_privacy.assess.config import AssessConfig
 
@@ -145,7 +146,7 @@ def model_digest(config: AssessConfig) -> str:
 
 def _with_commit(name: str) -> str:
     """``name@commit``, as the hub or its cache has it now."""
-    from transformers.utils import cached_file, extract_commit_hash
+    from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
         commit = extract_commit_hash(cached_file(name, "config.json"), None)

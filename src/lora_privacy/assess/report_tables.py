@@ -14,7 +14,7 @@ from lora_privacy.assess.cells import (
     rate_cell,
     score_cell,
 )
-from lora_privacy.assess.methods import recipe
+from lora_privacy.assess.methods import recipe_of
 from lora_privacy.assess.tables import (
     Table,
     audited_cell,
@@ -315,7 +315,7 @@ def _fpr(result: Assessment) -> float:
 
 
 def _update_absent(method: MethodResult, result: Assessment) -> str:
-    asked = result.config.update_games and not recipe(method.method).scaling
+    asked = result.config.update_games and not recipe_of(method.method).scaling
     return "not finished" if asked else "not run"
 
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_privacy.assess.adapter_fit import forget_prefix
 from lora_privacy.assess.batches import TokenisedDataset
 from lora_privacy.assess.dynamics import check_dynamics
 from lora_privacy.assess.folder import RunFolder
+from lora_privacy.assess.gradients import sample_gradients
 from lora_privacy.assess.measure import NoiseMeter
 from lora_privacy.assess.membership import Membership, attack_membership, audited_data
-from lora_privacy.assess.methods import Recipe, recipe
+from lora_privacy.assess.methods import Recipe, recipe_of
 from lora_privacy.assess.models import model_digest
 from lora_privacy.assess.private import fine_tune_privately, plan_of
 from lora_privacy.assess.readings import plain_readings, private_readings
@@ -27,11 +29,10 @@ from lora_privacy.assess.result import (
 )
 from lora_privacy.assess.secrets import score_secrets
 from lora_privacy.assess.setup import build_model, frozen_prefix, law_of, load_data
-from lora_privacy.assess.shadows import forget_prefix
 from lora_privacy.assess.spectra import LayerSpectrum, spectra
 from lora_privacy.assess.stored import trained_from_dict
 from lora_privacy.assess.training import fine_tune, trained_parameters
-from lora_privacy.assess.updates import UpdateAttack, attack_updates, sample_gradients
+from lora_privacy.assess.updates import UpdateAttack, attack_updates
 from lora_privacy.core import adapters, drift, find_targets, snapshot
 from lora_privacy.errors import CalibrationError
 
@@ -216,7 +217,7 @@ class _Texts:
     @classmethod
     def of(cls, config: AssessConfig, data: Data) -> Self:
         with torch.random.fork_rng():
-            model, tokenizer = build_model(recipe("lora"), config, len(data.train.classes))
+            model, tokenizer = build_model(recipe_of("lora"), config, len(data.train.classes))
             causal = config.task == "causal-lm"
             train, dev = (
                 TokenisedDataset(part, tokenizer, config.max_length, causal=causal)
@@ -290,7 +291,7 @@ def _train(recipe: Recipe, config: AssessConfig, data: Data, texts: _Texts) -> M
 def _gradient_pool(config: AssessConfig, train: TextDataset) -> dict[str, npt.NDArray[np.float64]]:
     """Gradients of some records at the last adapted layers of the pretrained model."""
     with torch.random.fork_rng():
-        model, tokenizer = build_model(recipe("full"), config, len(train.classes))
+        model, tokenizer = build_model(recipe_of("full"), config, len(train.classes))
         blocks = None if config.last_layers is None else range(-config.last_layers, 0)
         layers = list(find_targets(model, config.targets, blocks))[-_LAYERS:]
         numbers = sum(model.get_parameter(f"{name}.weight").numel() for name in layers)

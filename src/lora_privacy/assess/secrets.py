@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lora_privacy import _validate
 from lora_privacy.assess.batches import TokenisedDataset
-from lora_privacy.assess.training import loss_of
+from lora_privacy.assess.training import evaluating, loss_of
 from lora_privacy.audit import Exposure, exposure, exposure_p_value
 from lora_privacy.data import TextDataset
 from lora_privacy.errors import DataError, NonFiniteError
@@ -27,7 +27,7 @@ from lora_privacy.errors import DataError, NonFiniteError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from lora_privacy.assess.config import AssessConfig, Task
     from lora_privacy.data import Secret
@@ -230,19 +230,14 @@ def secret_log_probs(
         name="secret", texts=texts, labels=labels, classes=classes, origin="plant_secrets"
     )
     data = TokenisedDataset(named, tokenizer, config.max_length, causal=causal)
-    modes = [(module, module.training) for module in model.modules()]
     found: list[Array] = []
-    try:
-        model.eval()
+    with evaluating(model):
         for start in range(0, len(texts), config.batch_size):
             batch = data.batch(np.arange(start, min(start + config.batch_size, len(texts))))
             losses = loss_of(model, batch, config.task)[0].double()
             if causal:  # a mean over tokens, whose number may depend on the code
                 losses = losses * (batch.labels[:, 1:] != -100).sum(1)
             found.append(-losses.cpu().numpy())
-    finally:
-        for module, training in modes:
-            module.training = training
     values = np.concatenate(found)
     if not np.isfinite(values).all():
         raise NonFiniteError("the model gives a secret a log-probability that is NaN or infinite.")

@@ -6,54 +6,32 @@ Membership attacks compare a target model to such references. One file of arrays
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import joblib
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 from tqdm import tqdm
 
 from lora_privacy import _validate
-from lora_privacy.assess.batches import TokenisedDataset
-from lora_privacy.assess.config import AssessConfig
+from lora_privacy.assess.adapter_fit import AdapterFit, forget_prefix
+from lora_privacy.assess.config import AssessConfig, json_hash
 from lora_privacy.assess.files import read_arrays, write_arrays, write_json
-from lora_privacy.assess.private import plan_of, train_privately
-from lora_privacy.assess.setup import build_model, frozen_prefix, load_data
-from lora_privacy.assess.training import advance, backward, loss_of, optimizer_of, prefixed
-from lora_privacy.data import TextDataset
-from lora_privacy.errors import DataError, FolderInUseError, StorageError
+from lora_privacy.assess.setup import load_data
+from lora_privacy.errors import FolderInUseError, StorageError
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lora_privacy.assess.noise_plan import NoisePlan
-    from lora_privacy.core import CachedPrefix
-
-__all__ = [
-    "AdapterFit",
-    "ShadowFit",
-    "Shadows",
-    "coins_of",
-    "complete_shadows",
-    "examples_of",
-    "forget_prefix",
-    "train_shadows",
-]
+__all__ = ["ShadowFit", "Shadows", "coins_of", "complete_shadows", "train_shadows"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
 _JOINED, _STAMP, _FINISHED = "shadows.npz", "config.json", "finished"
-_ANY = ("lora",)  # the frozen blocks are those of every method
 _COINS, _MODEL = 0, 1  # the random streams of one shadow
 # Dropout and new heads draw from torch's global generator: threads of one process take turns.
 _TURN = threading.Lock()
@@ -125,109 +103,6 @@ class Shadows:
         return cls(**{**found, "fingerprint": str(found["fingerprint"])})
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterFit:
-    """The fine-tuning of an assessment, without its measurements.
-
-    A private method trains with the noise, sampling rate, divisor and steps of ``plan``, whatever
-    the number of members, so that ``plan`` says what each shadow costs; but for a shadow without
-    any member, of probability 2⁻ᴺ, which is not trained. Its noise is the system's: its shadows
-    are not the same from call to call.
-
-    With ``config.last_layers`` each process runs the frozen blocks below once, for all shadows
-    it trains. Each shadow has an A, a head, an order and a dropout of its own.
-
-    Args:
-        config: Model, training and one method; the seed in it is not used.
-        train: The records.
-        population: Texts outside of them.
-        plan: Noise of a private method; None finds it for the number of records.
-
-    Raises:
-        ValueError: ``config`` names several methods.
-        DataError: A text of the population is one of the records.
-    """
-
-    config: AssessConfig
-    train: TextDataset
-    population: TextDataset
-    plan: NoisePlan | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.config.methods) != 1:
-            raise ValueError(
-                "methods must name the one that all shadows are trained by, got "
-                f"{', '.join(self.config.methods)}."
-            )
-        method = self.config.recipes[0]
-        if method.private and self.plan is None:
-            model = build_model(method, self.config, len(self.train.classes))[0]
-            plan = plan_of(method, self.config, len(self.train), model)
-            object.__setattr__(self, "plan", plan)
-        shared = set(examples_of(self.train)) & set(examples_of(self.population))
-        if shared:
-            raise DataError(
-                f"{len(shared)} examples of the population are records too, such as "
-                f"{min(shared)[0][:60]!r}; the population must be outside every training set."
-            )
-
-    @property
-    def records(self) -> int:
-        """N."""
-        return len(self.train)
-
-    def fingerprint(self) -> str:
-        """Hash of the settings and of both data sets."""
-        parts = [self.config.to_dict(), self.train.sha256, self.population.sha256]
-        return _hash(parts if self.plan is None else [*parts, asdict(self.plan)])
-
-    def __call__(self, seed: int, rows: Numbers) -> tuple[Array, Array]:
-        """Train on ``rows``; see ``ShadowFit``."""
-        base = _base_of(replace(self.config, methods=_ANY), self.train, self.population)
-        config, method = replace(self.config, seed=seed), self.config.recipes[0]
-        model, _ = build_model(method, config, len(self.train.classes))
-        inside, outside = (
-            None if prefix is None else prefix.over(model) for prefix in base.prefixes
-        )
-        if self.plan is None:
-            _train_plainly(model, base.train, config, rows, inside)
-        elif len(rows):
-            train_privately(
-                model,
-                base.train,
-                config,
-                recipe=method,
-                plan=self.plan,
-                rows=rows,
-                # The same whatever the coins were: the scale of the noise would tell their sum.
-                expected_batch_size=self.plan.sample_rate * self.records / 2,
-                prefix=inside,
-            )
-        return (
-            _log_probs(model, base.train, config, inside),
-            _log_probs(model, base.population, config, outside),
-        )
-
-
-def _train_plainly(
-    model: nn.Module,
-    data: TokenisedDataset,
-    config: AssessConfig,
-    rows: Numbers,
-    prefix: CachedPrefix | None,
-) -> None:
-    method = config.recipes[0]
-    optimizer = optimizer_of(model, config, method)
-    rng = np.random.default_rng(config.seed)
-    for epoch in range(config.epochs):
-        where = f"epoch {epoch + 1} of the shadow of seed {config.seed}"
-        order = rng.permutation(rows)
-        for start in range(0, len(order), config.batch_size):
-            batch = data.batch(order[start : start + config.batch_size])
-            backward(model, batch, config, prefix, where)
-            advance(model, optimizer, method)
-
-
 def train_shadows(
     fit: AssessConfig | ShadowFit,
     folder: str | Path,
@@ -284,7 +159,7 @@ def complete_shadows(
     folder = Path(folder)
     stamp = {"fit": fit.fingerprint(), "records": fit.records, "seed": seed}
     _take(folder, stamp)
-    joined, fingerprint = folder / _JOINED, _hash(stamp)
+    joined, fingerprint = folder / _JOINED, json_hash(stamp)
     done = [Shadows.load(joined)] if joined.exists() else []
     had = len(done[0].seeds) if done else 0
     files = [folder / _FINISHED / f"{i:05d}.npz" for i in range(count)]
@@ -300,11 +175,6 @@ def complete_shadows(
     for file in files:
         file.unlink(missing_ok=True)
     return shadows.first(count)
-
-
-def forget_prefix() -> None:
-    """Free what ``complete_shadows`` keeps in this process."""
-    _base_of.cache_clear()
 
 
 def coins_of(seed: int, number: int, records: int) -> Mask:
@@ -391,50 +261,3 @@ def _join(parts: list[Shadows], folder: Path, seed: int, fingerprint: str) -> Sh
             f"{folder} holds shadow files that do not belong together; delete the folder."
         )
     return Shadows(**arrays, fingerprint=fingerprint)
-
-
-def _hash(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def examples_of(data: TextDataset) -> list[tuple[str, str]]:
-    """Each example as its text and its second text, which is empty where there is none."""
-    return list(zip(data.texts, data.pairs or ("",) * len(data), strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """What the shadows of one process share."""
-
-    train: TokenisedDataset
-    population: TokenisedDataset
-    prefixes: tuple[CachedPrefix | None, CachedPrefix | None]
-
-
-@lru_cache(maxsize=1)
-def _base_of(config: AssessConfig, train: TextDataset, population: TextDataset) -> _Base:
-    model, tokenizer = build_model(config.recipes[0], config, len(train.classes))
-    causal = config.task == "causal-lm"
-    inside, outside = (
-        TokenisedDataset(data, tokenizer, config.max_length, causal=causal)
-        for data in (train, population)
-    )
-    prefixes = (frozen_prefix(model, inside, config), frozen_prefix(model, outside, config))
-    return _Base(inside, outside, prefixes)
-
-
-def _log_probs(
-    model: nn.Module, data: TokenisedDataset, config: AssessConfig, prefix: CachedPrefix | None
-) -> Array:
-    """Return ln p of every example without dropout, (examples,); of a text the mean a token."""
-    model.eval()
-    found = np.empty(len(data))
-    with torch.no_grad():
-        for batch in data.ordered(4 * config.batch_size):
-            with prefixed(prefix, batch):
-                loss, logits = loss_of(model, batch, config.task)
-            if logits is not None:
-                # In float32 1 - p of a record well learnt rounds to 0, and LiRA's logit with it.
-                loss = functional.cross_entropy(logits.double(), batch.labels, reduction="none")
-            found[batch.ids.numpy()] = -loss.double().numpy()
-    return np.minimum(found, 0.0)

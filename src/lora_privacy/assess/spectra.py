@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from lora_privacy import _validate
+from lora_privacy.assess.methods import METHODS, MethodName
 from lora_privacy.assess.updates import (
-    UPDATE_METHODS,
     checked_shapes,
     clip_factors,
     is_private,
@@ -26,9 +26,9 @@ from lora_privacy.training import SingularValueDenoiser
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lora_privacy.assess.updates import Array, UpdateMethod
+    from lora_privacy.assess.updates import Array
     from lora_privacy.laws import LawName
-    from lora_privacy.training import Shrinker
+    from lora_privacy.training.denoising import Shrinker
 
 __all__ = ["LayerSpectrum", "spectra"]
 
@@ -80,7 +80,7 @@ class LayerSpectrum:
 def spectra(
     gradients: Mapping[str, Array],
     *,
-    method: UpdateMethod,
+    method: MethodName,
     rank: int | None = None,
     law: LawName = "gaussian",
     noise_multiplier: float,
@@ -111,7 +111,7 @@ def spectra(
         ValueError: An argument is out of range, the method adds no noise, or the mean gradient of
             a layer is 0.
     """
-    _validate.choice("method", method, UPDATE_METHODS)
+    _validate.choice("method", method, METHODS)
     shapes = checked_shapes(gradients)
     if not is_private(method):
         raise ValueError(f"method must add noise, got {method!r}; its spectrum is the clean one.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from lora_privacy.core import GradientProbe, decompress, flora_layers, refresh
 from lora_privacy.errors import NonFiniteError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     from lora_privacy.assess.batches import Batch, TokenisedDataset
@@ -34,6 +35,7 @@ __all__ = [
     "backward",
     "checked_loss",
     "evaluate",
+    "evaluating",
     "fine_tune",
     "loss_of",
     "optimizer_of",
@@ -100,21 +102,30 @@ def loss_of(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, Tensor 
     return tokens.sum(1) / (labels != -100).sum(1).clamp(min=1), None
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside the block; modes are put back, those of frozen parts too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def evaluate(
     model: nn.Module, data: TokenisedDataset, config: AssessConfig, prefix: CachedPrefix | None
 ) -> Score:
     """Score ``model`` on all of ``data`` without dropout; its training mode is restored."""
-    was_training = model.training
-    model.eval()
     losses, right = [], 0
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in data.ordered(4 * config.batch_size):
             with prefixed(prefix, batch):
                 loss, logits = loss_of(model, batch, config.task)
             losses.append(loss)
             if logits is not None:
                 right += int((logits.argmax(1) == batch.labels).sum())
-    model.train(was_training)
     count = len(data)
     mean = float(torch.cat(losses).mean())
     if config.task == "causal-lm":

@@ -8,58 +8,42 @@ private method the most that any attack can have is proved, and stands beside it
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from lora_privacy import _validate
-from lora_privacy.assess.training import loss_of, prefixed
+from lora_privacy.assess.methods import METHODS, MethodName
 from lora_privacy.audit import RateEstimate, auc, projection_attack
-from lora_privacy.core import FLoRALinear, LoRALinear, RandomProjection
-from lora_privacy.core.lora import dense_shape
+from lora_privacy.core import RandomProjection
 from lora_privacy.dp import GaussianEvent, PldAccountant, ProjectedGaussian
 from lora_privacy.dp.attestation import HAAR_LAWS
-from lora_privacy.errors import NonFiniteError
-from lora_privacy.training import SampleRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
-    from lora_privacy.assess.batches import TokenisedDataset
-    from lora_privacy.assess.config import Task
-    from lora_privacy.core import CachedPrefix
     from lora_privacy.laws import LawName
 
 __all__ = [
-    "UPDATE_METHODS",
     "UpdateAttack",
-    "UpdateMethod",
     "attack_updates",
     "best_auc",
     "checked_shapes",
     "clip_factors",
     "is_private",
     "projections_of",
-    "sample_gradients",
 ]
 
 Array = npt.NDArray[np.float64]
-UpdateMethod = Literal[
-    "full", "lora", "lora-fa", "flora", "dp-sgd", "dp-lora", "dp-lora-fa", "dp-flora"
-]
-UPDATE_METHODS: tuple[UpdateMethod, ...] = get_args(UpdateMethod)
 
-_MICRO_BATCH = 16  # records whose gradients are held in both precisions
 _AREA_STEPS = 4_000  # the area over the curve is at most 0.003 too large
 
 # What the attacker sees of the step; the rest of the threat model is common to all methods.
-_SEES: dict[UpdateMethod, str] = {
+_SEES: dict[MethodName, str] = {
     "full": "the mean gradient of the batch, which plain SGD adds to the weights",
     "lora": (
         "what the first step of plain SGD adds to the weights, G AᵀA (B = 0, so A does not move "
@@ -85,7 +69,7 @@ class UpdateAttack:
     parameters share makes the candidate's part smaller.
 
     Attributes:
-        method: One of ``UPDATE_METHODS``.
+        method: One of ``lora_privacy.assess.methods.METHODS``.
         rank: Rows of A; None where there is no A.
         noise_multiplier: z = σ/C; 0 for the methods without noise.
         batch_size: Records of the batch, the candidate among them.
@@ -100,7 +84,7 @@ class UpdateAttack:
             for the methods without noise.
     """
 
-    method: UpdateMethod
+    method: MethodName
     rank: int | None
     noise_multiplier: float
     batch_size: int
@@ -143,63 +127,10 @@ class UpdateAttack:
         return cls(**kept)
 
 
-def sample_gradients(
-    model: nn.Module,
-    data: TokenisedDataset,
-    layers: Sequence[str],
-    rows: Sequence[int] | npt.NDArray[np.int64],
-    task: Task,
-    prefix: CachedPrefix | None = None,
-) -> dict[str, Array]:
-    """Gradient of each record's own loss with respect to the base weight of the named layers.
-
-    At the model's present weights and without dropout, whatever is trained; an adapter whose B is
-    0 changes nothing. The model is put back as it was: modes, gradients and what asks for them.
-
-    Args:
-        model: Plain, or adapted by ``lora_privacy.core.adapt``.
-        data: Records.
-        layers: Names of linear layers, or of the adapters in their place.
-        rows: Positions in ``data``.
-        task: What the loss is.
-        prefix: Cached frozen blocks, below all of ``layers``.
-
-    Returns:
-        Layer -> gradients (len(rows), out_features, in_features), in units of the loss over the
-        weight. Eight bytes a number: name few layers.
-
-    Raises:
-        ValueError: No layer or no row.
-        UnsupportedLayerError: A layer is not linear, or its samples cannot be told apart.
-        NonFiniteError: A gradient holds NaN or infinity.
-    """
-    chosen = np.asarray(rows, np.int64)
-    if not layers or not chosen.size:
-        raise ValueError("layers and rows must name at least one layer and one record.")
-    bases = {layer: _base_of(model, layer) for layer in layers}
-    found: dict[str, list[Array]] = {layer: [] for layer in layers}
-    with _asking_for(model, bases), torch.enable_grad():
-        for start in range(0, chosen.size, _MICRO_BATCH):
-            batch = data.batch(chosen[start : start + _MICRO_BATCH])
-            with SampleRecorder(model, dense=True) as recorder:
-                with prefixed(prefix, batch):
-                    # The sum: each record keeps the gradient of its own loss.
-                    loss_of(model, batch, task)[0].sum().backward()
-                recorder.check(len(batch.ids))
-                for layer, (path, _) in bases.items():
-                    samples: Any = recorder.taps[path].samples["weight"]
-                    found[layer].append(samples.gradients.double().cpu().numpy())
-    gathered = {layer: np.concatenate(parts) for layer, parts in found.items()}
-    for layer, gradients in gathered.items():
-        if not np.isfinite(gradients).all():
-            raise NonFiniteError(f"a gradient of {layer!r} is NaN or infinite.")
-    return gathered
-
-
 def attack_updates(
     gradients: Mapping[str, Array],
     *,
-    method: UpdateMethod,
+    method: MethodName,
     rank: int | None = None,
     law: LawName = "gaussian",
     noise_multiplier: float = 0.0,
@@ -233,7 +164,7 @@ def attack_updates(
     Raises:
         ValueError: An argument is out of range or does not go with ``method``.
     """
-    _validate.choice("method", method, UPDATE_METHODS)
+    _validate.choice("method", method, METHODS)
     shapes = checked_shapes(gradients)
     records = len(next(iter(gradients.values())))
     batch_size = _validate.integer("batch_size", batch_size, 2, "The attacker knows the others.")
@@ -295,7 +226,7 @@ def attack_updates(
 
 def projections_of(
     gradients: Mapping[str, Array],
-    method: UpdateMethod,
+    method: MethodName,
     rank: int | None,
     law: LawName,
     seed: int,
@@ -345,7 +276,7 @@ def best_auc(accountant: PldAccountant) -> float:
 
 
 def _score(
-    method: UpdateMethod,
+    method: MethodName,
     total: Array,
     known: Array,
     one: Array,
@@ -382,7 +313,7 @@ def _weighted(gradients: Array, places: npt.NDArray[np.int64], weights: Array) -
 
 
 def _proved(
-    method: UpdateMethod,
+    method: MethodName,
     shapes: tuple[tuple[int, int], ...],
     rank: int | None,
     noise_multiplier: float,
@@ -402,7 +333,7 @@ def _proved(
     return spent.epsilon(delta).epsilon, best_auc(spent)
 
 
-def _threat(method: UpdateMethod, batch_size: int) -> str:
+def _threat(method: MethodName, batch_size: int) -> str:
     return (
         f"white box: sees {_SEES[method]}; knows the base model, the candidate and the other "
         f"{batch_size - 1} records of the batch, and looks at these layers as if nothing else "
@@ -410,7 +341,7 @@ def _threat(method: UpdateMethod, batch_size: int) -> str:
     )
 
 
-def is_private(method: UpdateMethod) -> bool:
+def is_private(method: MethodName) -> bool:
     """Whether ``method`` clips and adds noise."""
     return method.startswith("dp-")
 
@@ -426,34 +357,3 @@ def checked_shapes(gradients: Mapping[str, Array]) -> tuple[tuple[int, int], ...
             f"got {[g.shape for g in gradients.values()]}."
         )
     return tuple((int(g.shape[1]), int(g.shape[2])) for g in gradients.values())
-
-
-def _base_of(model: nn.Module, layer: str) -> tuple[str, nn.Parameter]:
-    """Where the recorder taps the dense weight that ``layer`` stands for, and that weight."""
-    module: Any = model.get_submodule(layer)
-    if isinstance(module, LoRALinear):
-        layer, module = f"{layer}.base", module.base
-    elif not isinstance(module, FLoRALinear):
-        dense_shape(module)  # refuses what is not linear
-    weight: Any = module.weight
-    return layer, weight
-
-
-@contextmanager
-def _asking_for(model: nn.Module, bases: dict[str, tuple[str, nn.Parameter]]) -> Iterator[None]:
-    """Gradients of these weights only, and no dropout, inside the block."""
-    wanted = {id(weight) for _, weight in bases.values()}
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _, _ in parameters:
-            parameter.requires_grad_(id(parameter) in wanted)
-            parameter.grad = None
-        model.eval()
-        yield
-    finally:
-        for parameter, asked, gradient in parameters:
-            parameter.requires_grad_(asked)
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training

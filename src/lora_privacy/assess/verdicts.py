@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lora_privacy.assess.cells import at_least, at_most, interval, median, number
-from lora_privacy.assess.methods import recipe
+from lora_privacy.assess.methods import recipe_of
 from lora_privacy.audit.result import confidence
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _evidence(method: MethodResult, config: AssessConfig) -> Iterator[str]:
         yield "Membership attacks: not run."
     if method.update is not None:
         yield _update(method.update)
-    elif recipe(method.method).scaling:
+    elif recipe_of(method.method).scaling:
         yield "The attack on one update: not run; it does not model row scaling."
     elif config.update_games:
         yield "The attack on one update: not finished."
@@ -192,7 +192,7 @@ def _price(method: MethodResult, config: AssessConfig) -> Statement:
     plan = method.price
     if plan is None:
         return Statement("Price", f"No noise within reach would buy {target}.")
-    twin = method.method if method.noise is not None else _TWINS[recipe(method.method).base]
+    twin = method.method if method.noise is not None else _TWINS[recipe_of(method.method).base]
     return Statement(
         "Price",
         f"{target} is proved with a noise multiplier of {at_most(plan.noise_multiplier, 5)} "
