@@ -139,8 +139,8 @@ TARGETS: tuple[Target, ...] = (
         for mode in ("offline", "online")
     ),
     Target("rmia", f"{_RMIA}, offline", "memory of the whole process", None, 500.0),
-    Target("growth-canaries", "exponents", "RMIA, time", None, 1.2),
-    Target("growth-canaries", "exponents", "RMIA, memory", None, 1.05),
+    Target("growth-canaries", "exponents", "RMIA, time, between the two largest", None, 1.2),
+    Target("growth-canaries", "exponents", "RMIA, memory, between the two largest", None, 1.05),
 )  # fmt: skip
 
 _BY_KEY = {(t.benchmark, t.part, t.name, t.peer): t for t in TARGETS}

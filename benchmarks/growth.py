@@ -199,9 +199,9 @@ def part_events(results: Results, rounds: int) -> None:
     rdp = {n: RdpAccountant(events=ledger(n)) for n in counts}
     pld = {n: PldAccountant(events=ledger(n)) for n in counts[:-1]}
     plan: Plan = {
-        "ε by Rényi divergences": ("1", "one divergence an event",
+        "ε by Rényi divergences": ("0 to 1", "a divergence an event, but one call for all",
             {n: lambda n=n: rdp[n].epsilon(DELTA) for n in counts}),
-        "ε by loss distributions": ("1", "one transform an event",
+        "ε by loss distributions": ("1 to 2", "a transform an event, on a window that widens",
             {n: lambda n=n: pld[n].epsilon(DELTA) for n in pld}),
         "ε of so many runs in one call": ("0 to 1", "numpy's cost a call is shared",
             {n: lambda n=n: sampled_gaussian_bounds(noises[:n], 0.01, steps=1000, delta=DELTA)
