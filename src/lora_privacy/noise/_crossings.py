@@ -11,17 +11,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 from scipy import special
 
 from lora_privacy.errors import ConvergenceError
-from lora_privacy.noise._density import entry_logpdf
+from lora_privacy.noise._density import chi_square_logpdf, entry_logpdf
 from lora_privacy.noise._quadrature import entry_tails
-from lora_privacy.noise._stirling import log_gamma_remainder
+from lora_privacy.noise._rows import Array
 
-__all__ = ["Array", "cdf_gaps", "log_density", "log_ratio", "signed_crossings"]
-
-Array = npt.NDArray[np.float64]
+__all__ = ["cdf_gaps", "log_density", "log_ratio", "signed_crossings"]
 
 # In standard deviations of the Gaussian: beyond it the Gaussian has mass 4e-33. The law may have
 # more, but its density is the larger one there, which the sign at the end says.
@@ -41,7 +38,7 @@ def log_density(rank: int, rho: Array, x: Array) -> Array:
     result = np.empty(x_.shape)
     one = rho_ == 1.0
     if one.any():
-        result[one] = _chi_square(rank, x_[one])
+        result[one] = chi_square_logpdf(rank, x_[one])
     if not one.all():
         result[~one] = entry_logpdf(rank, rho_[~one], x_[~one])
     return result
@@ -105,16 +102,6 @@ def cdf_gaps(rank: int, rho: Array, std: Array, x: Array) -> Array:
     if not one.all():
         cdf[~one] = entry_tails(rank, rho_[~one], x[~one])[0]
     return cdf - special.ndtr(x / std[:, None])
-
-
-def _chi_square(rank: int, x: Array) -> Array:
-    """Log density of S − 1, S ~ χ²_r/r; the terms of size r cancel before they are formed."""
-    k = rank / 2
-    inside = x > -1.0
-    gap = np.where(inside, x, 0.0)
-    log_s = np.log1p(gap)
-    constant = 0.5 * math.log(k / (2.0 * math.pi)) - log_gamma_remainder(k)
-    return np.where(inside, constant + k * (log_s - gap) - log_s, -np.inf)
 
 
 def _sharpen(rank: int, rho: Array, std: Array, x: Array, h: Array) -> tuple[Array, Array]:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from lora_privacy.noise._quadrature import Array
+from lora_privacy.noise._rows import Array
+from lora_privacy.noise._stirling import log_gamma_remainder
 
 __all__ = ["chi_square_logpdf", "entry_logpdf"]
 
@@ -62,9 +63,7 @@ def chi_square_logpdf(rank: int, shift: npt.ArrayLike) -> Array:
     if k < _DEBYE_ORDER:
         constant = k * math.log(k) - k - math.lgamma(k)
     else:
-        square = 1.0 / (k * k)
-        series = 1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680))
-        constant = 0.5 * math.log(k / (2.0 * math.pi)) - series / k
+        constant = 0.5 * math.log(k / (2.0 * math.pi)) - log_gamma_remainder(k)
     log_s = np.log1p(safe)
     value = constant - k * (safe - log_s) - log_s
     edge = {1: math.inf, 2: 0.0}.get(rank, -math.inf)

@@ -9,16 +9,13 @@ functions at every node, and the mixture over S turns into a step as |ρ| → 1.
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import numpy as np
 import numpy.typing as npt
 
 from lora_privacy.errors import ConvergenceError
+from lora_privacy.noise._rows import Array
 
-__all__ = ["Array", "entry_tails"]
-
-Array: TypeAlias = npt.NDArray[np.float64]
+__all__ = ["entry_tails"]
 
 # The rule at step h against the rule at step 2h. Halving h about squares the error; on 9,000
 # random laws of ranks 1 to 10⁵ the finer sum, which is returned, was then within 1e-12.

@@ -12,7 +12,7 @@ import math
 
 from scipy import special
 
-__all__ = ["digamma_remainder", "log_gamma_remainder"]
+__all__ = ["chi_square_entropy", "digamma_remainder", "log_gamma_remainder"]
 
 # From here the first neglected term is below 1e-14 relative, and below it the direct
 # difference loses less than that.
@@ -33,3 +33,9 @@ def digamma_remainder(k: float) -> float:
         return math.log(k) - 0.5 / k - float(special.digamma(k))
     q = 1.0 / (k * k)
     return q * (1 / 12 - q * (1 / 120 - q * (1 / 252 - q * (1 / 240 - q * (1 / 132)))))
+
+
+def chi_square_entropy(freedom: int) -> float:
+    """Relative entropy of χ² to the Gaussian of its mean and variance, in nats; about 2/(3r)."""
+    k = freedom / 2
+    return 0.5 / k - log_gamma_remainder(k) - (k - 1.0) * digamma_remainder(k)

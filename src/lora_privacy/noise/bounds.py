@@ -16,11 +16,16 @@ import numpy.typing as npt
 from scipy import special
 
 from lora_privacy import _validate
-from lora_privacy.errors import NonFiniteError
-from lora_privacy.noise._stirling import digamma_remainder, log_gamma_remainder
+from lora_privacy.noise._rows import Array, nonzero_row
+from lora_privacy.noise._stirling import chi_square_entropy, digamma_remainder
 from lora_privacy.noise.distance import Distance, round_up
 from lora_privacy.noise.entry import EntryNoise
-from lora_privacy.noise.gaussianity import Variance, describe, require_entry_noise
+from lora_privacy.noise.gaussianity import (
+    Variance,
+    describe,
+    describe_gaussian,
+    require_entry_noise,
+)
 
 __all__ = ["berry_esseen_bound", "lyapunov_ratio", "tv_bound"]
 
@@ -81,14 +86,13 @@ def tv_bound(law: EntryNoise, variance: Variance = "exact") -> Distance:
         method, keys = "Taylor expansion of a Gaussian mixture", ("gaunt-vg-2014",)
     else:
         method, keys = "entropy power and Pinsker inequalities", ("dembo-inequalities-1991",)
-    spread = f"‖q‖²/{law.rank}" if variance == "published" else f"(‖q‖² + q_i²)/{law.rank}"
     return Distance(
         value=value,
         metric="total variation",
         kind="upper bound",
         error=0.0,
         law=describe(law),
-        reference=f"N(0, {spread})",
+        reference=describe_gaussian(law, variance),
         method=method,
         references=("p1-implicit-2024", *keys),
     )
@@ -121,7 +125,7 @@ def berry_esseen_bound(law: EntryNoise) -> Distance:
         kind="upper bound",
         error=0.0,
         law=describe(law),
-        reference=f"N(0, (‖q‖² + q_i²)/{law.rank})",
+        reference=describe_gaussian(law, "exact"),
         method="Berry–Esseen inequality over the rank index, constant .469",
         references=("shevtsova-2013",),
     )
@@ -167,19 +171,12 @@ def lyapunov_ratio(
     >>> round(lyapunov_ratio([3.0, 1.0, 1.0, 1.0, 1.0], 8, index=0), 4)  # (8/π)/√8 · 4/4^{3/2}
     0.4502
     """
-    q = np.asarray(row, dtype=np.float64)
     rank = _validate.integer("rank", rank, 1)
     _validate.choice("split", split, ("products", "columns"))
-    if q.ndim != 1 or q.size == 0:
-        raise ValueError(f"row must be a vector, got shape {q.shape}. Pass one row of G.")
-    if not np.isfinite(q).all():
-        raise NonFiniteError("row must be finite, but holds NaN or infinity; find the bad step.")
-    size = np.abs(q)
-    if size.max() == 0.0:
-        raise ValueError("row must not be all zero: its noise is 0 surely. Skip this row.")
+    size = np.abs(nonzero_row(row))
     if index is not None:
         index = _validate.integer("index", index, 0)
-        _validate.between("index", index, 0, q.size - 1)
+        _validate.between("index", index, 0, size.size - 1)
         size[index] = 0.0
         if size.max() == 0.0:
             raise ValueError(
@@ -212,9 +209,7 @@ def _mixture_bound(rank: int, rho: float) -> float:
 
 def _pinsker(rank: int, deficit: float = 0.0) -> float:
     """Section 2.3: √(D/2), D the relative entropy of χ²_r to its own Gaussian plus ``deficit``."""
-    k = rank / 2
-    entropy = 0.5 / k - log_gamma_remainder(k) - (k - 1.0) * digamma_remainder(k)
-    return math.sqrt((entropy + deficit) / 2.0)
+    return math.sqrt((chi_square_entropy(rank) + deficit) / 2.0)
 
 
 def _between_gaussians(rho: float) -> float:
@@ -234,7 +229,7 @@ def _third_moment_ratio(rho: float) -> float:
     1e-80 is left, and at 1, where the integrand has a corner as ρ → 1.
     """
     a = math.sqrt((1.0 - rho) * (1.0 + rho))
-    rule: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] = special.roots_legendre(40)
+    rule: tuple[Array, Array] = special.roots_legendre(40)
     # Panels that crowd at z = 1, on whose two sides the mean has opposite signs.
     crowd = 2.0 ** -np.arange(0.0, 40.0)
     edges = np.unique(np.concatenate([[0.0, 1.0], 1.0 - crowd, 1.0 + crowd, np.arange(2.0, 21.0)]))

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
-from lora_privacy.errors import NonFiniteError
 from lora_privacy.laws import LawName, entry_law
-from lora_privacy.noise._quadrature import Array
+from lora_privacy.noise._rows import Array, finite_row, norm_of
 from lora_privacy.noise.moments import noise_variance
 
 __all__ = ["EmpiricalNoise"]
@@ -64,11 +63,11 @@ class EmpiricalNoise:
     def __post_init__(
         self, row: npt.ArrayLike, index: int, random_state: np.random.Generator
     ) -> None:
-        q = np.asarray(row, np.float64)
-        if q.ndim != 1 or q.size == 0 or not q.any():
-            raise ValueError(f"row must be a vector that is not all zero, got shape {q.shape}.")
-        if not np.isfinite(q).all():
-            raise NonFiniteError("row must be finite, got NaN or infinity; find the bad step.")
+        q = finite_row(row)
+        if not q.any():
+            raise ValueError(
+                "row must be a vector that is not all zero; skip this row."
+            )
         entry_law(self.law, self.rank, q.size)
         draws = _validate.integer("draws", self.draws, 1)
         index = _validate.integer("index", index, 0)
@@ -77,8 +76,7 @@ class EmpiricalNoise:
         if not isinstance(random_state, np.random.Generator):  # pyright: ignore[reportUnnecessaryIsInstance]
             name = type(random_state).__name__
             raise TypeError(f"random_state must be a numpy.random.Generator, got {name}.")
-        largest = float(np.abs(q).max())
-        norm = largest * float(np.linalg.norm(q / largest))
+        norm = norm_of(q)
         unit = q / norm
         if self.law in ("uniform", "rademacher"):
             noise = _independent(self.law, self.rank, unit, index, draws, random_state)
@@ -118,8 +116,8 @@ class EmpiricalNoise:
         p = np.asarray(probability, np.float64)
         if not np.all((p >= 0) & (p <= 1)):
             raise ValueError("probability must lie in [0, 1], and be no NaN.")
-        rank = np.ceil(p * self.draws * (1.0 - 1e-15)).astype(np.int64)
-        return self.samples[np.clip(rank - 1, 0, self.draws - 1)]
+        place = np.ceil(p * self.draws * (1.0 - 1e-15)).astype(np.int64)
+        return self.samples[np.clip(place - 1, 0, self.draws - 1)]
 
     def band(self, confidence: float) -> float:
         """Half-width h: with this confidence ``|cdf(x) - P(noise <= x)| <= h`` for all x at once.

@@ -12,7 +12,8 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 from lora_privacy import _validate
 from lora_privacy.errors import ConvergenceError
 from lora_privacy.noise._density import chi_square_logpdf, entry_logpdf
-from lora_privacy.noise._quadrature import Array, entry_tails
+from lora_privacy.noise._quadrature import entry_tails
+from lora_privacy.noise._rows import Array
 
 __all__ = ["EntryNoise"]
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from scipy import special
 
 from lora_privacy import _validate
-from lora_privacy.errors import ConvergenceError, NonFiniteError, UnsupportedLawError
-from lora_privacy.noise._crossings import Array, cdf_gaps, log_density, log_ratio, signed_crossings
-from lora_privacy.noise._stirling import digamma_remainder, log_gamma_remainder
+from lora_privacy.errors import ConvergenceError, UnsupportedLawError
+from lora_privacy.noise._crossings import cdf_gaps, log_density, log_ratio, signed_crossings
+from lora_privacy.noise._rows import Array, nonzero_row
+from lora_privacy.noise._stirling import chi_square_entropy
 from lora_privacy.noise.distance import Distance, Metric
 from lora_privacy.noise.entry import EntryNoise
 
@@ -25,6 +26,7 @@ __all__ = [
     "Distance",
     "Variance",
     "describe",
+    "describe_gaussian",
     "kl_to_gaussian",
     "kolmogorov_to_gaussian",
     "maximal_coupling",
@@ -121,17 +123,10 @@ def tv_of_entries(row: npt.ArrayLike, rank: int, variance: Variance = "exact") -
         NonFiniteError: The row holds NaN or infinity.
         ValueError: The row is not a vector, or all zero.
     """
-    q = np.asarray(row, dtype=np.float64)
     rank = _validate.integer("rank", rank, 1)
     _validate.choice("variance", variance, ("exact", "published"))
-    if q.ndim != 1 or q.size == 0:
-        raise ValueError(f"row must be a vector, got shape {q.shape}. Pass one row of G.")
-    if not np.isfinite(q).all():
-        raise NonFiniteError("row must be finite, but holds NaN or infinity; find the bad step.")
-    largest = np.abs(q).max()
-    if largest == 0.0:
-        raise ValueError("row must not be all zero: its noise is 0 surely. Skip this row.")
-    scaled = np.abs(q) / largest  # squares neither overflow nor vanish
+    size = np.abs(nonzero_row(row))
+    scaled = size / size.max()  # squares neither overflow nor vanish
     rho, back = np.unique(scaled / np.linalg.norm(scaled), return_inverse=True)
     rho = np.minimum(rho, 1.0)
     value = np.empty(rho.size)
@@ -142,7 +137,7 @@ def tv_of_entries(row: npt.ArrayLike, rank: int, variance: Variance = "exact") -
         value[low] = _interpolate(rho[low], rank, variance)
     if not low.all():
         value[~low] = _tv(rho[~low], rank, variance)
-    return value[back.reshape(q.shape)]
+    return value[back.reshape(size.shape)]
 
 
 def maximal_coupling(
@@ -218,7 +213,7 @@ def _normalised(law: EntryNoise, variance: Variance) -> tuple[float, float]:
     return rho, float(_std(np.float64(rho), law.rank, variance))
 
 
-def _std(rho: npt.NDArray[np.float64] | np.float64, rank: int, variance: Variance) -> Array:
+def _std(rho: Array | np.float64, rank: int, variance: Variance) -> Array:
     share = rho * rho if variance == "exact" else 0.0 * rho
     return np.sqrt((1.0 + np.asarray(share)) / rank)
 
@@ -280,17 +275,10 @@ def _interpolate(rho: Array, rank: int, variance: Variance) -> Array:
     )
 
 
-def _chi_square_kl(rank: int) -> float:
-    """Relative entropy of χ²_r to the Gaussian of its mean and variance; about 2/(3r)."""
-    k = rank / 2
-    return 0.5 / k - log_gamma_remainder(k) - (k - 1.0) * digamma_remainder(k)
-
-
 def _entry_kl(rank: int, rho: float) -> tuple[float, float]:
     """Relative entropy of an entry to the Gaussian of its own variance, and the error."""
     if rho == 1.0:
-        value = _chi_square_kl(rank)
-        return value, 1e-14
+        return chi_square_entropy(rank), 1e-14
     std = math.sqrt((1.0 + rho * rho) / rank)
     edges = _kl_panels(rho, std, rank)
     fine, coarse = (_kl_sum(edges, nodes, rank, rho, std) for nodes in (20, 14))
@@ -337,14 +325,13 @@ def _kl_sum(edges: Array, nodes: int, rank: int, rho: float, std: float) -> floa
 def _distance(
     law: EntryNoise, variance: Variance, metric: Metric, value: float, error: float
 ) -> Distance:
-    spread = f"‖q‖²/{law.rank}" if variance == "published" else f"(‖q‖² + q_i²)/{law.rank}"
     return Distance(
         value=value,
         metric=metric,
         kind="exact",
         error=error,
         law=describe(law),
-        reference=f"N(0, {spread})",
+        reference=describe_gaussian(law, variance),
         method="quadrature" if "nats" in metric else "crossings of the densities and CDFs",
         references=("p1-implicit-2024", "gaunt-vg-2014"),
     )
@@ -353,3 +340,9 @@ def _distance(
 def describe(law: EntryNoise) -> str:
     """The law in words, as all distances print it."""
     return f"one entry of q(AᵀA − I), rank {law.rank}, q_i/‖q‖ = {law.rho:.4g}"
+
+
+def describe_gaussian(law: EntryNoise, variance: Variance) -> str:
+    """The Gaussian that the law is compared with, in the same words."""
+    spread = f"‖q‖²/{law.rank}" if variance == "published" else f"(‖q‖² + q_i²)/{law.rank}"
+    return f"N(0, {spread})"

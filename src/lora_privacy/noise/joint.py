@@ -17,13 +17,13 @@ import numpy.typing as npt
 from scipy import special
 
 from lora_privacy import _validate
-from lora_privacy.errors import ConvergenceError, NonFiniteError
+from lora_privacy.errors import ConvergenceError
+from lora_privacy.noise._rows import Array, finite
 from lora_privacy.noise._stirling import log_gamma_remainder
 from lora_privacy.noise.distance import Distance
 
 __all__ = ["joint_tv_to_gaussian", "matrix_tv_to_gaussian"]
 
-Array = npt.NDArray[np.float64]
 Covariance = Literal["exact", "published"]
 
 # χ² mass of S left out on each side; the integrand is at most the density of S.
@@ -112,11 +112,7 @@ def matrix_tv_to_gaussian(
             f"gradient must be a matrix of shape (outputs, inputs), got shape {g.shape}. "
             "Pass one layer's G, or one row as G[i:i+1]."
         )
-    if not np.isfinite(g).all():
-        raise NonFiniteError(
-            "gradient must be finite, but holds NaN or infinity; find the step that diverged."
-        )
-    rows = int(np.count_nonzero(g.any(axis=1)))
+    rows = int(np.count_nonzero(finite("gradient", g).any(axis=1)))
     if rows == 0:
         raise ValueError(
             "gradient must have a non-zero row, got all zeros: the noise is 0 surely and there "

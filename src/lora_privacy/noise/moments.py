@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
-from lora_privacy.errors import NonFiniteError, UnsupportedLawError
+from lora_privacy.errors import UnsupportedLawError
 from lora_privacy.laws import EntryLaw, LawName, entry_law
-from lora_privacy.noise._quadrature import Array
+from lora_privacy.noise._rows import Array, finite
 
 __all__ = [
     "WishartMoments",
@@ -254,8 +254,4 @@ def _rows(row: npt.ArrayLike) -> Array:
     q = np.asarray(row, np.float64)
     if q.ndim == 0 or q.size == 0:
         raise ValueError(f"a row must be a non-empty vector, got shape {q.shape}.")
-    if not np.isfinite(q).all():
-        raise NonFiniteError(
-            "the gradient must be finite, got NaN or infinity; find the bad step."
-        )
-    return q
+    return finite("the gradient", q)

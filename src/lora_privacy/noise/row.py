@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_privacy import _validate
-from lora_privacy.errors import NonFiniteError
 from lora_privacy.noise._density import chi_square_logpdf
-from lora_privacy.noise._quadrature import Array
+from lora_privacy.noise._rows import Array, nonzero_row, norm_of
 from lora_privacy.noise.entry import EntryNoise
 
 __all__ = ["RowNoise"]
@@ -42,21 +41,14 @@ class RowNoise:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", _validate.integer("rank", self.rank, 1))
-        q = np.array(self.row, np.float64)
-        if q.ndim != 1 or q.size == 0:
-            raise ValueError(f"row must be a non-empty vector, got shape {q.shape}.")
-        if not np.isfinite(q).all():
-            raise NonFiniteError("row must be finite, got NaN or infinity; find the bad step.")
-        if not q.any():
-            raise ValueError("row must not be all zero: its noise is 0 surely. Skip this row.")
+        q = nonzero_row(np.array(self.row, np.float64))
         q.flags.writeable = False
         object.__setattr__(self, "row", q)
 
     @property
     def norm(self) -> float:
         """‖q‖, in units of the gradient."""
-        largest = float(np.abs(self.row).max())  # squares of the rest neither overflow nor vanish
-        return largest * float(np.linalg.norm(self.row / largest))
+        return norm_of(self.row)
 
     def covariance(self) -> Array:
         """(‖q‖² I + q qᵀ)/rank, shape (m, m), in squared units of the gradient."""
