@@ -8,11 +8,8 @@ statement, the fastest first, up to 10 s in all. It is killed if one of them fai
 up, and survives if all pass or none runs it. All is done in a copy of the tree, which ``--fresh``
 takes anew; tests are timed, and coverage measured, once a copy. Each result is a line of
 reports/mutation.jsonl at once, and a rerun goes on from there. ``--again`` takes a fresh copy and
-runs those of the seed that survived. What was found: docs/testing.md.
-
-Left out, because they cannot change a number or always fail by type: annotations, ``raise``
-statements, what is under TYPE_CHECKING, bitwise operators for arithmetic ones and ``is`` for
-``==`` (and the reverse), ``~`` or ``+`` for ``-``, and Cosmic Ray's random changes of variables.
+runs those of the seed that survived. Which changes are made: _mutants.py. What was found:
+docs/testing.md.
 """
 
 from __future__ import annotations
@@ -36,13 +33,12 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import coverage
 import pytest
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator, operator_names
+
+from _mutants import Place, changed, difference, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,87 +56,7 @@ MEMORY = 16 << 30  # a changed size must not bring the machine down
 HEAVY = ["numpy", "scipy.stats", "scipy.optimize", "scipy.integrate", "mpmath", "hypothesis"]
 HEAVY += ["torch", "opacus", "dp_accounting.pld.privacy_loss_distribution", "dp_accounting.rdp"]
 
-# Changes within one of these groups are made; those across them fail by type.
-GROUPS = (
-    {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"},
-    {"BitOr", "BitAnd", "BitXor"},
-    {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"},
-    {"Is", "IsNot"},
-)
 ALIVE = ("survived", "no test")
-
-
-class Place(NamedTuple):
-    """Where an operator applies. The line's text and ``nth`` name it while other lines move."""
-
-    path: str
-    operator: str
-    text: str
-    nth: int
-    occurrence: int
-    line: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.path} | {self.operator} | {self.text} | {self.nth}"
-
-
-def operators() -> Iterator[str]:
-    for name in operator_names():
-        kind, *change = name.removeprefix("core/").split("_")
-        if kind in ("ReplaceBinaryOperator", "ReplaceComparisonOperator"):
-            if any(set(change) <= group for group in GROUPS):
-                yield name
-        elif change[:1] == ["Delete"] or not kind.startswith(("ReplaceUnary", "Variable")):
-            yield name
-
-
-def skipped(node: Any) -> bool:  # noqa: ANN401 (parso has no types)
-    """Whether a node lies in an annotation, a ``raise``, or under TYPE_CHECKING."""
-    while node.parent is not None:
-        above = node.parent
-        if node.type in ("raise_stmt", "tfpdef"):
-            return True
-        if node.type == "if_stmt" and "TYPE_CHECKING" in node.children[1].get_code():
-            return True
-        if above.type == "annassign" and node is above.children[1]:
-            return True
-        if above.type == "funcdef" and node is above.annotation:
-            return True
-        node = above
-    return False
-
-
-def places(path: Path) -> Iterator[Place]:
-    source = path.read_text(encoding="utf-8")
-    lines, nodes = source.splitlines(), list(ast_nodes(get_ast(source)))
-    for name in operators():
-        operator, count, seen = get_operator(name)(), itertools.count(), Counter[str]()
-        for node in nodes:
-            for (line, _), _ in operator.mutation_positions(node):
-                occurrence, text = next(count), lines[line - 1].strip()
-                if not skipped(node):
-                    where = str(path.relative_to(TREE))
-                    yield Place(where, name, text, seen[text], occurrence, line)
-                seen[text] += 1
-
-
-def changed(place: Place) -> str | None:
-    """Source with the change; None if it does not compile, or is none."""
-    source = (TREE / place.path).read_text(encoding="utf-8")
-    found = mutate_code(source, get_operator(place.operator)(), place.occurrence)
-    with suppress(SyntaxError):
-        compile(found, place.path, "exec")
-        return found if found != source else None
-    return None
-
-
-def difference(place: Place, source: str) -> dict[str, str]:
-    """The first line that differs, before and after."""
-    old = (TREE / place.path).read_text(encoding="utf-8").splitlines()
-    pairs = itertools.zip_longest(old, source.splitlines(), fillvalue="")
-    before, after = next((a, b) for a, b in pairs if a != b)
-    return {"before": before.strip(), "after": after.strip()}
 
 
 class Watch:
@@ -360,11 +276,12 @@ def main() -> None:
         if place.key in latest and not options.again:
             count += 1
             continue
-        if (source := changed(place)) is None:
+        if (source := changed(TREE, place)) is None:
             continue
         count += 1
         record: dict[str, Any] = {"seed": options.seed, "tree": tree, "key": place.key}
-        record |= {"path": place.path, "line": place.line, **difference(place, source)}
+        record |= {"path": place.path, "line": place.line}
+        record |= difference((TREE / place.path).read_text(encoding="utf-8"), source)
         record |= verdict(place, source, suites)
         with RECORDS.open("a", encoding="utf-8") as file:
             print(json.dumps(record, ensure_ascii=False), file=file)
