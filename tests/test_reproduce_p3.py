@@ -1,5 +1,6 @@
 """Reproduction P3 runs from end to end in a tiny form, and its page says what its json says."""
 
+import argparse
 import csv
 import importlib
 import importlib.util
@@ -20,7 +21,6 @@ SCRIPTS = ROOT / "examples" / "reproduce"
 DOCS = ROOT / "docs"
 PAGE = DOCS / "reproduction" / "p3-denoising.md"
 RESULTS = DOCS / "reproduction" / "p3-denoising.json"
-LANGUAGE_RESULTS = DOCS / "reproduction" / "p3-language-model.json"
 
 # 97.5 % points of Student's t with 1 to 4 degrees of freedom, from a printed table.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -170,26 +170,65 @@ def check_interval(cell: str, shrinker: str, gaps: list[float], digits: int) -> 
         assert printed[1:] == pytest.approx([mean - half, mean + half], abs=error + 1e-3 * half)
 
 
+def steps_down(curve: list[dict[str, Any]], goal: float) -> float:
+    """By numpy's interpolation up to the first scoring that is low enough, or past the end."""
+    low = [i for i, point in enumerate(curve) if point["loss"] <= goal]
+    if not low:
+        return curve[-1]["step"] + (curve[-1]["step"] - curve[-2]["step"])
+    pair = curve[low[0] - 1 : low[0] + 1]
+    return float(np.interp(-goal, [-p["loss"] for p in pair], [p["step"] for p in pair]))
+
+
 def check_language_table(results: dict[str, Any], text: str) -> None:
+    """Every cell, computed anew from the runs."""
     rows = [row for row in cells(text) if row[0] in ("E2E", "DART")]
-    arms = dict.fromkeys((run["key"]["task"], run["key"]["shrinker"]) for run in results["runs"])
-    assert [(row[0].lower(), row[1].strip("`")) for row in rows] == list(arms)
+    arms: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
+    for run in results["runs"]:
+        key = run["key"]
+        epsilon = "–" if key["epsilon"] is None else f"{key['epsilon']:g}"
+        arms.setdefault((key["task"], epsilon, key["shrinker"]), {})[key["seed"]] = run["curve"]
+    assert {(row[0].lower(), row[1], row[2].strip("`")) for row in rows} == set(arms)
+    assert len(rows) == len(arms)
     for row in rows:
-        own, plain = (
-            {
-                run["key"]["seed"]: [point["loss"] for point in run["curve"]]
-                for run in results["runs"]
-                if run["key"]["task"] == row[0].lower() and run["key"]["shrinker"] == name
-            }
-            for name in (row[1].strip("`"), "none")
+        task, epsilon, name = row[0].lower(), row[1], row[2].strip("`")
+        own, plain = arms[task, epsilon, name], arms.get((task, epsilon, "none"), {})
+        assert numbers(row[3])[0] == pytest.approx(
+            statistics.fmean(curve[0]["loss"] for curve in own.values()), abs=5.01e-4
         )
-        start = statistics.fmean(losses[0] for losses in own.values())
-        assert numbers(row[2])[0] == pytest.approx(start, abs=5.01e-4)
-        for at, measure in ((3, lambda x: statistics.fmean(x[1:])), (5, lambda x: x[-1])):
-            mean = statistics.fmean(measure(losses) for losses in own.values())
+        measures: tuple[tuple[int, Callable[[list[dict[str, Any]]], float]], ...] = (
+            (4, lambda curve: statistics.fmean(p["loss"] for p in curve[1:])),
+            (6, lambda curve: curve[-1]["loss"]),
+        )
+        for at, measure in measures:
+            mean = statistics.fmean(measure(curve) for curve in own.values())
             assert numbers(row[at])[0] == pytest.approx(mean, abs=5.01e-4)
-            gaps = [measure(own[seed]) - measure(plain[seed]) for seed in sorted(own)]
-            check_interval(row[at + 1], row[1].strip("`"), gaps, 3)
+            gaps = [measure(own[seed]) - measure(plain[seed]) for seed in sorted(plain)]
+            check_interval(row[at + 1], name if plain else "none", gaps, 3)
+        if not plain:
+            assert row[8:] == ["–", "–"]
+            continue
+        start, end = (
+            statistics.fmean(curve[i]["loss"] for curve in plain.values()) for i in (0, -1)
+        )
+        goal = start + 0.9 * (end - start)
+        steps = {seed: steps_down(own[seed], goal) for seed in sorted(own)}
+        assert numbers(row[8]) == pytest.approx(list(steps.values()), abs=0.0501)
+        gaps = [steps[seed] - steps_down(plain[seed], goal) for seed in sorted(own)]
+        check_interval(row[9], name, gaps, 1)
+
+
+def check_choice(choice: dict[str, Any]) -> dict[str, list[float]]:
+    """What is chosen has the least loss at the end of as many runs for each denoiser."""
+    runs = choice["runs"]
+    for arm, chosen in choice["chosen"].items():
+        own = [run for run in runs if run["key"]["shrinker"] == arm]
+        best = min(own, key=lambda run: run["curve"][-1]["loss"])["key"]
+        assert chosen[0] == best["rate"]
+        assert best["clip"] is None or chosen[1] == best["clip"]
+        assert {run["key"]["stage"] for run in own} == {"choice"}
+    counts = [sum(run["key"]["shrinker"] == arm for run in runs) for arm in ("none", "frobenius")]
+    assert counts[0] == counts[1] > 1
+    return choice["chosen"]
 
 
 @needs_model
@@ -208,9 +247,9 @@ def test_classifier_in_a_tiny_form(tmp_path: Path, call: Callable[..., str]) -> 
         assert (tmp_path / "docs/figures" / f"{name}.png").stat().st_size > 10_000
 
 
-@needs_model
-def test_language_model_in_a_tiny_form(tmp_path: Path, call: Callable[..., str]) -> None:
-    """A tiny model with MiniLM's tokenizer stands for SmolLM2."""
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A tiny model with MiniLM's tokenizer that stands for SmolLM2, and pairs beside it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lora_privacy.assess import AssessConfig
@@ -228,25 +267,84 @@ def test_language_model_in_a_tiny_form(tmp_path: Path, call: Callable[..., str])
     with (tmp_path / "data/e2e/devset.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["mr", "ref"])
-        rows.writerows((f"name[Inn {i}]", f"There is an inn of number {i}.") for i in range(40))
-    shown = call(
-        *("p3_language_model", f"--model={tmp_path / 'tiny'}", "--layers=2"),
-        *("--records=24", "--validation=8", "--steps=2", "--every=1", "--batch-size=8"),
-        "--seeds=2",
+        for i in range(40):  # two pairs tell of each inn
+            of = f"There is{' not' if i % 3 else ''} an inn of number {i // 2}."
+            rows.writerow([f"name[Inn {i // 2}]", of])
+    return tmp_path / "tiny"
+
+
+@needs_model
+def test_pairs_are_split_and_scored_as_the_page_says(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle of the loss: that of transformers for one pair, the labels of its prompt -100."""
+    import torch
+
+    from lora_privacy.assess import AssessConfig
+    from lora_privacy.assess.models import load_model
+    from lora_privacy.core import adapt, adapters
+
+    monkeypatch.syspath_prepend(SCRIPTS)
+    module = importlib.import_module("_p3_pairs")
+    model, tokenizer = load_model(AssessConfig(model=str(tiny), task="causal-lm"), 0)
+    adapt(model, 2, seed=0, layers=(-1,))
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.layer.expand.weight)
+    args = argparse.Namespace(
+        data=tmp_path / "data", max_length=64, records=20, tuning=4, validation=6,
+        physical_batch_size=8,
+    )  # fmt: skip
+    pairs = module.Pairs("e2e", model, tokenizer, args)
+    parts = [pairs.training, pairs.held_out["choice"], pairs.held_out["final"]]
+    assert [len(part) for part in parts] == [20, 4, 6]
+    told = [{tuple(pairs.rows[i][0]) for i in part} for part in parts]
+    assert not told[0] & told[1]
+    assert not told[0] & told[2]
+    assert not told[1] & told[2]
+    ids = pairs.held_out["final"]
+    expected = torch.tensor(0.0)
+    for prompt, said in (pairs.rows[i] for i in ids):
+        tokens = torch.tensor([prompt + said])
+        labels = torch.tensor([[-100] * len(prompt) + said])
+        expected = expected + model(input_ids=tokens, labels=labels).loss / len(ids)
+    records = pairs.records(model, "final")
+    assert records.score(model)["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    own = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(records.loss(model, ids), own)
+    for got, true in zip(found, torch.autograd.grad(expected, own), strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-8)
+    args.records = 30
+    with pytest.raises(SystemExit, match="too few for 30 to train on"):
+        module.Pairs("e2e", model, tokenizer, args)
+    (tmp_path / "data/e2e/devset.csv").unlink()
+    with pytest.raises(SystemExit, match=r"devset\.csv is missing"):
+        module.Pairs("e2e", model, tokenizer, args)
+
+
+@needs_model
+def test_language_model_in_a_tiny_form(
+    tmp_path: Path, tiny: Path, call: Callable[..., str]
+) -> None:
+    form = (
+        *(f"--model={tiny}", "--layers=2", "--records=20", "--validation=6"),
+        *("--tuning=4", "--steps=2", "--every=1", "--batch-size=8", "--seeds=2"),
     )
+    shown = call("p3_language_model", *form)
     path = tmp_path / "docs/reproduction/p3-language-model.json"
-    check_language_table(json.loads(path.read_text()), shown)
+    results = json.loads(path.read_text())
+    check_language_table(results, shown)
+    for run in results["runs"]:
+        assert [point["step"] for point in run["curve"]] == [0, 1, 2]
     assert (tmp_path / "docs/figures/p3_language_model.png").stat().st_size > 10_000
+    check_choice(json.loads((path.parent / "p3-language-model-choice.json").read_text()))
 
 
 @needs_page
 def test_page_says_what_the_runs_say() -> None:
     text = PAGE.read_text(encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    language = json.loads(LANGUAGE_RESULTS.read_text(encoding="utf-8"))
     check_classifier_tables(results, text)
-    check_language_table(language, text)
-    for run in (*results["runs"], *language["runs"]):
+    for run in results["runs"]:
         assert run["proved_epsilon"] <= run["key"]["epsilon"]
 
 

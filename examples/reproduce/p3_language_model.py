@@ -2,233 +2,293 @@
 
     OMP_NUM_THREADS=1 python examples/reproduce/p3_language_model.py --data FOLDER
 
-Adapters on the last four layers learn short pairs of E2E (with --full also DART) privately. Writes
-docs/reproduction/p3-language-model.json and a figure, and prints the table of
-docs/reproduction/p3-denoising.md. Finished runs are kept in --work; --report only reads the json.
+Adapters on the last block learn short pairs of E2E (with --full also DART) privately, and once
+without noise. Writes docs/reproduction/p3-language-model.json and a figure, and prints the table
+of docs/reproduction/p3-denoising.md. Finished runs are kept in --work; --report only reads the
+json. Rates and clips come from p3-language-model-choice.json beside it; --choose, or its absence,
+chooses anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
+import time
 from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from _common import STYLES, Runs, parser, save_figure, save_json
+from _p3_pairs import Pairs
 from _p3_report import interval
 from _p3_training import SHRINKERS, Plan, Records, lora, paired, train, without_dropout
-from torch import Tensor, nn
-from torch.nn import functional
 
 from lora_privacy.assess import AssessConfig
 from lora_privacy.assess.models import load_model
-from lora_privacy.core import CachedPrefix
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
+
 NAME = "p3-language-model"
-IGNORED = -100  # label of a token that is not learned
-CLIP = 1.0
+REFERENCE = "no noise"  # stands where others have a denoiser
+TUNED = ("none", "frobenius", REFERENCE)  # other shrinkers take what is best for frobenius
+RATES = (1e-2, 3e-2)
+CLIPS = (
+    0.1,
+    0.03,
+)  # about the norm of a pair's gradient; the second at the best rate of the first
+CHOICE_SEED = 100
+CHOICE_EPSILON = 8.0
+SHARE = 0.9  # of the fall of the loss that undenoised private training reaches
 
-Pair = tuple[list[int], list[int]]
-
-
-def pairs_of(task: str, data: Path) -> list[tuple[str, str]]:
-    """What is told and how it is said, from the file that is trained on."""
-    if task == "e2e":
-        with (data / "e2e" / "devset.csv").open(encoding="utf-8", newline="") as file:
-            return [(row["mr"], row["ref"]) for row in csv.DictReader(file)]
-    (path,) = (data / "dart").glob("*.json")
-    found = []
-    for item in json.loads(path.read_text(encoding="utf-8")):
-        told = ", ".join(" | ".join(triple) for triple in item["tripleset"])
-        found.append((told, item["annotations"][0]["text"]))
-    return found
+Row = dict[str, Any]
 
 
-class Pairs:
-    """Short pairs of a task, split at random, and what the frozen layers make of them."""
+def train_plainly(model: nn.Module, records: Records, plan: Plan) -> Row:
+    """The same steps without clip and noise, on batches of a fixed size; **not private**."""
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=plan.rate, weight_decay=0.0)
+    rng = np.random.default_rng(plan.seed)
+    curve = [{"step": 0, **records.score(model)}]
+    started = time.process_time()
+    scoring = 0.0
+    for step in range(1, plan.steps + 1):
+        at = np.sort(rng.choice(len(records.order), plan.batch_size, replace=False))
+        for start in range(0, plan.batch_size, records.physical):
+            ids = [records.order[i] for i in at[start : start + records.physical]]
+            loss = records.loss(model, records.batch(ids))
+            (loss * len(ids) / plan.batch_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % plan.every == 0 or step == plan.steps:
+            before = time.process_time()
+            curve.append({"step": step, **records.score(model)})
+            scoring += time.process_time() - before
+    return {
+        "noise_multiplier": 0.0,
+        "trained": sum(p.numel() for p in own),
+        "proved_epsilon": None,
+        "cpu_seconds": time.process_time() - started - scoring,
+        "cpu_seconds_scoring": scoring,
+        "curve": curve,
+    }
 
-    def __init__(
-        self,
-        task: str,
-        base: nn.Module,
-        tokenizer: Any,  # noqa: ANN401
-        args: argparse.Namespace,
-    ) -> None:
-        rng = np.random.default_rng(0)
-        rows: list[Pair] = []
-        for told, said in pairs_of(task, args.data):
-            prompt = tokenizer(f"{told} -> ")["input_ids"]
-            text = tokenizer(said + tokenizer.eos_token)["input_ids"]
-            if len(prompt) + len(text) <= args.max_length:
-                rows.append((prompt, text))
-        wanted = args.records + args.validation
-        if len(rows) < wanted:
-            raise ValueError(f"{task} has {len(rows)} pairs this short; {wanted} are asked for.")
-        kept = [rows[i] for i in rng.permutation(len(rows))[:wanted]]
-        self.rows, self.args = kept, args
-        length = [len(prompt) + len(text) for prompt, text in kept]
-        self.validation = sorted(range(args.validation), key=lambda i: length[i])
-        self.training = sorted(range(args.validation, wanted), key=lambda i: length[i])
-        self.base = base
-        self._prefix = CachedPrefix(base)
-        everyone = [*self.validation, *self.training]
-        parts = (everyone[i : i + 16] for i in range(0, wanted, 16))
-        self._prefix.fill((part, self._inputs(part)) for part in parts)
 
-    def _padded(self, values: list[list[int]], fill: int) -> Tensor:
-        longest = max(len(row) for row in values)
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in values])
+class Trainings:
+    """Runs of one task, each by its settings; a finished one is read from its file."""
 
-    def _inputs(self, ids: list[int]) -> dict[str, Tensor]:
-        both = [[*self.rows[i][0], *self.rows[i][1]] for i in ids]
-        mask = [[1] * len(row) for row in both]
-        return {"input_ids": self._padded(both, 0), "attention_mask": self._padded(mask, 0)}
+    def __init__(self, task: str, runs: Runs, args: argparse.Namespace) -> None:
+        config = AssessConfig(model=args.model, task="causal-lm")
+        self._model, tokenizer = load_model(config, 0)
+        without_dropout(self._model)
+        self._runs, self._args = runs, args
+        self._pairs = Pairs(task, self._adapted(0), tokenizer, args)
+        self._setting = {
+            "task": task,
+            "layers": args.layers,
+            "targets": args.targets,
+            "max_length": args.max_length,
+            "records": args.records,
+        }
 
-    def losses(self, model: nn.Module, prefix: CachedPrefix, ids: list[int]) -> Tensor:
-        """Mean over each pair's own tokens, the prompt's left out, (pairs,)."""
-        inputs = self._inputs(ids)
-        labels = [[IGNORED] * len(self.rows[i][0]) + self.rows[i][1] for i in ids]
-        wanted = self._padded(labels, IGNORED)[:, 1:]
-        with prefix.using(ids, inputs["attention_mask"]):
-            logits = model(**inputs).logits[:, :-1]
-        loss = functional.cross_entropy(
-            logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED
+    def _adapted(self, seed: int) -> nn.Module:
+        options = {"layers": range(-self._args.layers, 0), "targets": self._args.targets}
+        return lora(copy.deepcopy(self._model), seed, **options)
+
+    def get(
+        self, stage: str, shrinker: str, epsilon: float, seed: int, rate: float, clip: float
+    ) -> Row:
+        """One run, scored on what is held out for ``stage``, ``"choice"`` or ``"final"``.
+
+        `REFERENCE` as the shrinker trains without noise, whatever ε and clip.
+        """
+        args = self._args
+        plan = Plan(
+            method="dp-lora",
+            shrinker=shrinker,
+            epsilon=epsilon,
+            seed=seed,
+            rate=rate,
+            clip=clip,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            every=args.every if stage == "final" else args.steps,
         )
-        return loss.sum(1) / (wanted != IGNORED).sum(1)
+        held_out = len(self._pairs.held_out[stage])
+        key = {"stage": stage, **self._setting, "held_out": held_out, **asdict(plan)}
+        learn = train
+        if shrinker == REFERENCE:
+            key |= {"method": "lora", "epsilon": None, "clip": None}
+            learn = train_plainly
 
-    def records(self, model: nn.Module) -> Records:
-        """The training part, for ``model``."""
-        prefix = self._prefix.over(model)
+        def run() -> Row:
+            model = self._adapted(seed)
+            return learn(model, self._pairs.records(model, stage), plan)
 
-        @torch.no_grad()
-        def score(model: nn.Module) -> dict[str, float]:
-            held_out = self.validation
-            parts = [held_out[i : i + 8] for i in range(0, len(held_out), 8)]
-            found = torch.cat([self.losses(model, prefix, part) for part in parts])
-            return {"loss": float(found.mean())}
-
-        return Records(
-            order=self.training,
-            batch=list,
-            loss=lambda model, ids: self.losses(model, prefix, ids).mean(),
-            score=score,
-            physical=self.args.physical_batch_size,
-        )
+        row = self._runs.get(key, run)
+        print(f"{key}: {row['curve'][-1]['loss']:.4f}, {row['cpu_seconds']:.0f} s", flush=True)
+        return row
 
 
-def summary_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each task and arm: losses, and paired differences of runs of the same seed."""
-    cells: dict[str, dict[str, dict[int, Any]]] = {}
+def choose(trainings: Trainings) -> Row:
+    """One run for each rate, then one for the other clip: as many for each shrinker."""
+    wanted, chosen = [], {}
+    for shrinker in TUNED:
+        found: dict[tuple[float, float], Row] = {}
+        for clip in CLIPS if shrinker != REFERENCE else CLIPS[:1]:
+            for rate in RATES if not found else (best_of(found)[0],):
+                found[rate, clip] = trainings.get(
+                    "choice", shrinker, CHOICE_EPSILON, CHOICE_SEED, rate, clip
+                )
+        wanted += found.values()
+        chosen[shrinker] = best_of(found)
+    return {"runs": wanted, "chosen": chosen}
+
+
+def best_of(found: dict[tuple[float, float], Row]) -> tuple[float, float]:
+    """The settings of the lowest loss at the end."""
+    return min(found, key=lambda setting: found[setting]["curve"][-1]["loss"])
+
+
+def summary_of(runs: list[Row]) -> list[Row]:
+    """For each task, ε and arm: losses, and paired differences of runs of the same seed."""
+    cells: dict[tuple[str, float | None], dict[str, dict[int, Row]]] = {}
     for run in runs:
         key = run["key"]
-        cells.setdefault(key["task"], {}).setdefault(key["shrinker"], {})[key["seed"]] = run
+        cell = cells.setdefault((key["task"], key["epsilon"]), {})
+        cell.setdefault(key["shrinker"], {})[key["seed"]] = run
     found = []
-    for task, cell in cells.items():
+    for (task, epsilon), cell in cells.items():
+        plain = cell.get("none", {})
+        starts, ends = ([run["curve"][at]["loss"] for run in plain.values()] for at in (0, -1))
+        goal = np.mean(starts) - SHARE * (np.mean(starts) - np.mean(ends)) if plain else None
+        base = {seed: _measures(run, goal) for seed, run in plain.items()}
         for shrinker, by_seed in cell.items():
-            own = {seed: _measures(run) for seed, run in by_seed.items()}
-            base = {seed: _measures(run) for seed, run in cell["none"].items()}
+            own = {seed: _measures(run, goal) for seed, run in by_seed.items()}
             both = sorted(own.keys() & base.keys())
             found.append(
                 {
                     "task": task,
+                    "epsilon": epsilon,
                     "shrinker": shrinker,
                     "noise_multiplier": next(iter(by_seed.values()))["noise_multiplier"],
-                    "values": {name: [own[s][name] for s in both] for name in own[both[0]]},
+                    "goal": goal,
+                    "values": {
+                        name: [own[s][name] for s in sorted(own)] for name in own[min(own)]
+                    },
                     "differences": {
                         name: paired([own[s][name] - base[s][name] for s in both])
-                        for name in own[both[0]]
-                        if shrinker != "none"
+                        for name in own[min(own)]
+                        if shrinker != "none" and both
                     },
                 }
             )
     return found
 
 
-def _measures(run: dict[str, Any]) -> dict[str, float]:
+def _measures(run: Row, goal: float | None) -> dict[str, float]:
     losses = [point["loss"] for point in run["curve"]]
-    return {"start": losses[0], "mean": float(np.mean(losses[1:])), "end": losses[-1]}
+    found = {"start": losses[0], "mean": float(np.mean(losses[1:])), "end": losses[-1]}
+    if goal is not None:
+        found["steps"] = _steps_to(run["curve"], goal)
+    return found
 
 
-def table_of(results: dict[str, Any]) -> str:
+def _steps_to(curve: list[Row], goal: float) -> float:
+    """First step of a loss of at most ``goal``, on straight lines between scorings.
+
+    One scoring past the end where it is not reached.
+    """
+    for before, after in pairwise(curve):
+        if after["loss"] <= goal:
+            share = (before["loss"] - goal) / (before["loss"] - after["loss"])
+            return before["step"] + share * (after["step"] - before["step"])
+    return float(2 * curve[-1]["step"] - curve[-2]["step"])
+
+
+def table_of(results: Row) -> str:
     """The table of the page, in Markdown."""
     lines = [
-        "| data | denoiser | before | mean over training | difference | end | difference |",
-        "|" + "---|" * 7,
+        "| data | ε | denoiser | before | mean over training | difference | end | difference "
+        f"| steps to {100 * SHARE:.0f} % of the fall | difference |",
+        "|" + "---|" * 10,
     ]
     names = {"e2e": "E2E", "dart": "DART"}
     for row in results["summary"]:
-        cells = [names[row["task"]], f"`{row['shrinker']}`"]
-        cells.append(f"{np.mean(row['values']['start']):.3f}")
+        values, differences = row["values"], row["differences"]
+        cells = [names[row["task"]], "–" if row["epsilon"] is None else f"{row['epsilon']:g}"]
+        arm = row["shrinker"]
+        cells += [arm if arm == REFERENCE else f"`{arm}`", f"{np.mean(values['start']):.3f}"]
         for name in ("mean", "end"):
-            cells.append(f"{np.mean(row['values'][name]):.3f}")
-            cells.append(interval(row["differences"].get(name), 3))
+            cells += [f"{np.mean(values[name]):.3f}", interval(differences.get(name), 3)]
+        steps = ", ".join(f"{x:.1f}" for x in values.get("steps", [])) or "–"
+        cells += [steps, interval(differences.get("steps"), 1)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def draw(docs: Path, results: dict[str, Any]) -> None:
-    """Loss against steps, a panel for each task: thick the mean over seeds, thin every seed."""
-    tasks = list(dict.fromkeys(run["key"]["task"] for run in results["runs"]))
+def draw(docs: Path, results: Row) -> None:
+    """Loss against steps, a panel for each task and ε: thick the mean over seeds, thin each."""
+    runs = results["runs"]
+    panels = dict.fromkeys((run["key"]["task"], run["key"]["epsilon"]) for run in runs)
+    panels = [panel for panel in panels if panel[1] is not None]
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(4.6 * len(tasks), 3.1), squeeze=False, layout="constrained"
-    )
-    styles = dict(zip(SHRINKERS, STYLES, strict=True))
-    for ax, task in zip(axes[0], tasks, strict=True):
+        1, len(panels), figsize=(4.6 * len(panels), 3.3), squeeze=False, sharey="row",
+        layout="constrained",
+    )  # fmt: skip
+    styles = dict(zip((*SHRINKERS, REFERENCE), (*STYLES, ("black", "x", "-")), strict=True))
+    for ax, (task, epsilon) in zip(axes[0], panels, strict=True):
         for name, (colour, marker, line) in styles.items():
-            own = [
-                run
-                for run in results["runs"]
-                if (run["key"]["task"], run["key"]["shrinker"]) == (task, name)
-            ]
+            wanted = (task, None if name == REFERENCE else epsilon, name)
+            keys = ("task", "epsilon", "shrinker")
+            own = [run for run in runs if tuple(run["key"][k] for k in keys) == wanted]
             if not own:
                 continue
             steps = [point["step"] for point in own[0]["curve"]]
             curves = np.array([[point["loss"] for point in run["curve"]] for run in own])
             ax.plot(steps, curves.T, color=colour, ls=line, lw=0.6, alpha=0.5)
             ax.plot(
-                steps,
-                curves.mean(0),
-                color=colour,
-                ls=line,
-                marker=marker,
-                ms=5,
-                lw=1.8,
+                steps, curves.mean(0), color=colour, ls=line, marker=marker, ms=5, lw=1.8,
                 label=name,
-            )
-        epsilon = results["runs"][0]["key"]["epsilon"]
+            )  # fmt: skip
         ax.set_title(f"{task.upper()}, ε = {epsilon:g}", fontsize=9)
-        ax.set_xlabel("private steps")
-        ax.set_ylabel("held-out loss, nats a token")
+        ax.set_xlabel("steps")
         ax.legend(frameon=False)
+    axes[0, 0].set_ylabel("held-out loss, nats a token")
     save_figure(docs, "p3_language_model", figure)
 
 
 def options() -> argparse.Namespace:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--report", action="store_true", help="table and figure from the json")
+    found.add_argument("--choose", action="store_true", help="choose rates and clips anew")
     found.add_argument("--model", default="smollm2", help="smollm2, a local folder, or a hub id")
-    found.add_argument("--layers", type=int, default=4, help="the last so many are adapted")
-    found.add_argument("--epsilon", type=float, default=8.0)
-    found.add_argument("--rate", type=float, default=2e-3)
-    found.add_argument("--clip", type=float, default=CLIP)
+    found.add_argument("--layers", type=int, default=1, help="the last so many are adapted")
+    found.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
+    found.add_argument("--epsilons", nargs="+", type=float, default=None, help="8, --full 8 1")
     found.add_argument("--seeds", type=int, default=None, help="3, with --full 5")
-    found.add_argument("--steps", type=int, default=None, help="10, with --full 100")
-    found.add_argument("--every", type=int, default=5, help="steps between scorings")
-    found.add_argument("--batch-size", type=int, default=None, help="16, with --full 48")
-    found.add_argument("--physical-batch-size", type=int, default=8)
-    found.add_argument("--records", type=int, default=None, help="200, with --full 1500")
-    found.add_argument("--validation", type=int, default=24, help="pairs held out")
-    found.add_argument("--max-length", type=int, default=64, help="longer pairs are left out")
+    found.add_argument("--steps", type=int, default=None, help="8, with --full 100")
+    found.add_argument("--every", type=int, default=2, help="steps between scorings")
+    found.add_argument("--batch-size", type=int, default=None, help="64, with --full 256")
+    found.add_argument("--physical-batch-size", type=int, default=16)
+    found.add_argument("--records", type=int, default=None, help="320, with --full 1000")
+    found.add_argument("--tuning", type=int, default=32, help="held out to choose settings on")
+    found.add_argument("--validation", type=int, default=40, help="held out for the results")
+    found.add_argument("--max-length", type=int, default=60, help="longer pairs are left out")
     args = found.parse_args()
-    quick = {"seeds": (3, 5), "steps": (10, 100), "batch_size": (16, 48), "records": (200, 1500)}
+    quick = {
+        "epsilons": ([8.0], [8.0, 1.0]),
+        "seeds": (3, 5),
+        "steps": (8, 100),
+        "batch_size": (64, 256),
+        "records": (320, 1000),
+    }
     for name, (few, many) in quick.items():
         if getattr(args, name) is None:
             setattr(args, name, many if args.full else few)
@@ -242,42 +302,25 @@ def main() -> None:
         report(args, json.loads(path.read_text(encoding="utf-8")))
         return
     runs = Runs(args.work / f"{NAME}.jsonl")
-    model, tokenizer = load_model(AssessConfig(model=args.model, task="causal-lm"), 0)
-    without_dropout(model)
-    last = range(-args.layers, 0)
-
-    def adapted(seed: int) -> nn.Module:
-        return lora(copy.deepcopy(model), seed, layers=last)
-
-    arms = ("none", "frobenius", "debias", "partial") if args.full else ("none", "frobenius")
+    choice = args.docs / "reproduction" / f"{NAME}-choice.json"
+    shrinkers = ("none", "frobenius", "debias", "partial") if args.full else ("none", "frobenius")
     wanted = []
     for task in ("e2e", "dart") if args.full else ("e2e",):
-        pairs = Pairs(task, adapted(0), tokenizer, args)
+        trainings = Trainings(task, runs, args)
+        if task == "e2e" and (args.choose or not choice.exists()):
+            save_json(args.docs, choice.stem, choose(trainings))
+        chosen = json.loads(choice.read_text(encoding="utf-8"))["chosen"]
+        rate, clip = chosen[REFERENCE]
+        wanted.append(trainings.get("final", REFERENCE, args.epsilons[0], 0, rate, clip))
         for seed in range(args.seeds):
-            for shrinker in arms:
-                plan = Plan(
-                    method="dp-lora",
-                    shrinker=shrinker,
-                    epsilon=args.epsilon,
-                    seed=seed,
-                    rate=args.rate,
-                    clip=args.clip,
-                    steps=args.steps,
-                    batch_size=args.batch_size,
-                    every=args.every,
-                )
-
-                def run(plan: Plan = plan, pairs: Pairs = pairs) -> dict[str, Any]:
-                    own = adapted(plan.seed)
-                    return train(own, pairs.records(own), plan)
-
-                key = {"task": task, "records": args.records, **asdict(plan)}
-                wanted.append(runs.get(key, run))
-                print(key, flush=True)
+            for epsilon in args.epsilons:
+                for shrinker in shrinkers:
+                    rate, clip = chosen.get(shrinker, chosen["frobenius"])
+                    wanted.append(trainings.get("final", shrinker, epsilon, seed, rate, clip))
     report(args, {"runs": wanted, "summary": summary_of(wanted)})
 
 
-def report(args: argparse.Namespace, results: dict[str, Any]) -> None:
+def report(args: argparse.Namespace, results: Row) -> None:
     """Write the json and the figure, and print the table."""
     save_json(args.docs, NAME, results)
     draw(args.docs, results)
