@@ -264,7 +264,10 @@ def main() -> None:
     if drawn and drawn[0]["tree"] != tree and not options.again:
         sys.exit("this seed was drawn from another copy: take another --seed, or --again")
     found = [
-        place for p in PACKAGES for f in sorted((TREE / p).glob("*.py")) for place in places(f)
+        place
+        for p in PACKAGES
+        for f in sorted((TREE / p).glob("*.py"))
+        for place in places(TREE, f)
     ]
     random.Random(options.seed).shuffle(found)
     if options.again:
