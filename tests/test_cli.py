@@ -148,7 +148,7 @@ def test_a_bug_is_one_line_that_says_so(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("lora_privacy.noise.shapes.laws_table", fail)
+    monkeypatch.setattr("lora_privacy.noise.table.laws_table", fail)
     done = CliRunner().invoke(app, ["noise", config])
     assert done.exit_code == 1
     assert done.stderr.startswith("error: this is a bug in lora-privacy; --debug shows where.")

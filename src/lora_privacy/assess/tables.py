@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_privacy._notebook import frame
 from lora_privacy.assess.cells import NONE, at_least, at_most, number, rate_cell, score_cell
 from lora_privacy.assess.escaping import markdown_cell
-from lora_privacy.noise.shapes import JL_FAILURE
+from lora_privacy.noise.table import JL_FAILURE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         wishart_moments,
     )
     from lora_privacy.noise.row import RowNoise
-    from lora_privacy.noise.shapes import LawsRow, LawsTable, LayerShape, laws_table, model_shapes
+    from lora_privacy.noise.shapes import LayerShape, model_shapes
+    from lora_privacy.noise.table import LawsRow, LawsTable, laws_table
 
 __all__ = [
     "Distance",
@@ -72,8 +73,8 @@ if not TYPE_CHECKING:  # checkers read the imports above; these would hide a mis
             "Distance": "gaussianity",
             "EmpiricalNoise": "empirical",
             "EntryNoise": "entry",
-            "LawsRow": "shapes",
-            "LawsTable": "shapes",
+            "LawsRow": "table",
+            "LawsTable": "table",
             "LayerShape": "shapes",
             "RowNoise": "row",
             "WishartMoments": "moments",
@@ -85,7 +86,7 @@ if not TYPE_CHECKING:  # checkers read the imports above; these would hide a mis
             "joint_tv_to_gaussian": "joint",
             "kl_to_gaussian": "gaussianity",
             "kolmogorov_to_gaussian": "gaussianity",
-            "laws_table": "shapes",
+            "laws_table": "table",
             "lyapunov_ratio": "bounds",
             "matrix_tv_to_gaussian": "joint",
             "maximal_coupling": "gaussianity",

@@ -65,9 +65,7 @@ class EmpiricalNoise:
     ) -> None:
         q = finite_row(row)
         if not q.any():
-            raise ValueError(
-                "row must be a vector that is not all zero; skip this row."
-            )
+            raise ValueError("row must be a vector that is not all zero; skip this row.")
         entry_law(self.law, self.rank, q.size)
         draws = _validate.integer("draws", self.draws, 1)
         index = _validate.integer("index", index, 0)
