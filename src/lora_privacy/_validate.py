@@ -16,6 +16,12 @@ def between(name: str, value: float, low: float, high: float, hint: str = "") ->
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}. {hint}".rstrip())
 
 
+def half_open(name: str, value: float, low: float, high: float, hint: str = "") -> None:
+    """Raise ValueError unless ``low <= value < high``; NaN raises."""
+    if not low <= value < high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}), got {value!r}. {hint}".rstrip())
+
+
 def at_least(name: str, value: float, low: float, hint: str = "") -> None:
     """Raise ValueError unless ``low <= value < inf``; NaN raises."""
     if not low <= value < math.inf:

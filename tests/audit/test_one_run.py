@@ -17,7 +17,7 @@ from lora_privacy.audit import (
     guess,
     one_run_p_value,
 )
-from lora_privacy.audit.one_run import gdp_epsilon
+from lora_privacy.audit.one_run_gaussian import gdp_epsilon
 
 CASES = [
     (10, 10, 8, 0.5, 1e-3),

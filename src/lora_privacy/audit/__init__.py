@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from lora_privacy.audit.one_run import (
         Guesses,
         epsilon_one_run,
-        epsilon_one_run_fdp,
         epsilon_one_run_scores,
         guess,
         one_run_p_value,
     )
+    from lora_privacy.audit.one_run_gaussian import epsilon_one_run_fdp
     from lora_privacy.audit.projection import asymmetry, projection_attack
     from lora_privacy.audit.result import LeakageEstimate, RateEstimate
     from lora_privacy.audit.roc import RocCurve, auc, roc_curve, tpr_at_fpr
@@ -93,7 +93,7 @@ if not TYPE_CHECKING:  # checkers read the imports above; these would hide a mis
             "epsilon_clopper_pearson": "bounds",
             "epsilon_from_counts": "bounds",
             "epsilon_one_run": "one_run",
-            "epsilon_one_run_fdp": "one_run",
+            "epsilon_one_run_fdp": "one_run_gaussian",
             "epsilon_one_run_scores": "one_run",
             "exposure": "canary",
             "exposure_p_value": "canary",

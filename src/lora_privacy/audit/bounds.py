@@ -312,8 +312,7 @@ def _ceiling(
     members: int, non_members: int, delta: float, significance: float, tried: int, parts: int
 ) -> float:
     """What a flawless attack shows; ValueError with the number of trials needed if nothing."""
-    if not 0 <= delta < 1:
-        raise ValueError(f"delta must lie in [0, 1), got {delta!r}.")
+    _validate.half_open("delta", delta, 0, 1)
     _validate.inside("significance", significance, 0, 1)
     level = significance / (2 * tried)
     ceiling = float(

@@ -1,6 +1,6 @@
 """Lower bounds on ε from one training run with many canaries, each put in by a fair coin.
 
-Proofs: ``docs/theory/auditing.md``, sections 4 to 6.
+Proofs: ``docs/theory/auditing.md``, sections 4 and 6.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from lora_privacy.audit._binomial import log_below, log_mass, log_tail_ratio
 from lora_privacy.audit.result import NOT_STATED, Adjacency, LeakageEstimate
 
 __all__ = [
+    "ASSUMPTIONS",
+    "SLACK",
     "DeltaTerm",
     "Guesses",
+    "check_counts",
     "epsilon_one_run",
-    "epsilon_one_run_fdp",
     "epsilon_one_run_scores",
-    "gdp_epsilon",
     "guess",
+    "largest_rejected",
     "one_run_p_value",
+    "perfect_score",
 ]
 
 DeltaTerm = Literal["published", "tight"]
 
 DELTA_TERMS: tuple[str, ...] = get_args(DeltaTerm)
 
-_SLACK = 1.0 + 1e-8  # rounding of a tail: 1e-10 at 10⁵ guesses
+SLACK = 1.0 + 1e-8  # rounding of a tail: 1e-10 at 10⁵ guesses
 _WIDTH = 1e-12  # of ε or μ, where a search stops
 _LARGEST = 700.0  # e^ε stays a double
 _UNFAIR = 1e-9  # level below which a count of members is no toss of fair coins
 
-_ASSUMPTIONS = (
+ASSUMPTIONS = (
     "a fair coin of its own, independent of all else, put each canary in or left it out",
     "the guesses depend on the coins through the mechanism's output only, and their number was "
     "fixed beforehand",
@@ -103,11 +106,11 @@ def epsilon_one_run(
     >>> round(estimate.epsilon, 5)
     0.67298
     """
-    _check(canaries, guesses, correct, delta, significance)
+    check_counts(canaries, guesses, correct, delta, significance)
     _validate.choice("delta_term", delta_term, DELTA_TERMS)
 
     def largest(right: int, of: int) -> float:
-        return _largest(
+        return largest_rejected(
             lambda epsilon: (
                 one_run_p_value(
                     canaries=canaries,
@@ -121,7 +124,7 @@ def epsilon_one_run(
             )
         )
 
-    ceiling = _ceiling(lambda g: largest(g, g), canaries, guesses, delta, significance)
+    ceiling = perfect_score(lambda g: largest(g, g), canaries, guesses, delta, significance)
     return LeakageEstimate(
         epsilon=largest(correct, guesses),
         delta=delta,
@@ -130,7 +133,7 @@ def epsilon_one_run(
         ceiling=ceiling,
         method=f"one-run audit, {delta_term} δ term",
         observed=f"{correct} of {guesses} guesses right",
-        assumptions=_ASSUMPTIONS,
+        assumptions=ASSUMPTIONS,
         references=("steinke-one-run-2023",),
         threat_model=threat_model,
         adjacency=adjacency,
@@ -165,7 +168,7 @@ def one_run_p_value(
     Raises:
         ValueError: An argument is out of range.
     """
-    _check(canaries, guesses, correct, delta, 0.5)
+    check_counts(canaries, guesses, correct, delta, 0.5)
     _validate.between("epsilon", epsilon, 0, _LARGEST)
     if correct == 0:
         return 1.0
@@ -173,7 +176,7 @@ def one_run_p_value(
     ratio = log_tail_ratio(correct, guesses, epsilon)
     beta = min(1.0, math.exp(mass + ratio))
     if delta == 0:
-        return min(1.0, beta * _SLACK)
+        return min(1.0, beta * SLACK)
     weight = math.log(canaries) + math.log(delta)
     value = beta + (1.0 - beta) * math.exp(min(0.0, weight + ratio - math.log(correct)))
     if delta_term == "published":
@@ -181,7 +184,7 @@ def one_run_p_value(
         sums = np.logaddexp.accumulate(log_below(correct, guesses, epsilon))
         most = mass + float(np.max(sums - np.log(steps)))
         value = max(value, beta + math.exp(min(0.0, math.log(2.0) + weight + most)))
-    return min(1.0, value * _SLACK)
+    return min(1.0, value * SLACK)
 
 
 def guess(scores: npt.ArrayLike, members: npt.ArrayLike, *, top: int, bottom: int) -> Guesses:
@@ -280,111 +283,6 @@ def epsilon_one_run_scores(
     )
 
 
-def epsilon_one_run_fdp(
-    *,
-    canaries: int,
-    guesses: int,
-    correct: int,
-    delta: float,
-    significance: float,
-    threat_model: str = NOT_STATED,
-    adjacency: Adjacency = "add-remove",
-) -> LeakageEstimate:
-    """Lower bound on μ of a Gaussian mechanism from one run, and the ε at δ that it means.
-
-    It assumes a shape: that the mechanism's trade-off curve is Gaussian, of an unknown μ, as for
-    noise added once or a long composition. Then it gives far more than :func:`epsilon_one_run`
-    at small δ. Without that, it refutes the claim "μ-GDP" for every μ below ``mu``, and
-    ``epsilon`` is no lower bound.
-
-    Args:
-        canaries: Coins tossed, c.
-        guesses: Guesses made, g <= c, fixed beforehand.
-        correct: Right ones among them.
-        delta: δ in (0, 1).
-        significance: Probability of a false claim, in (0, 1).
-        threat_model: What the attacker sees and chooses; printed.
-        adjacency: See :func:`epsilon_one_run`.
-
-    Raises:
-        ValueError: As :func:`epsilon_one_run`, or ``delta`` is 0: no Gaussian has a finite ε.
-
-    References:
-        Mahloujifar, Melis & Chaudhuri 2024; the recursion is proved in
-        ``docs/theory/auditing.md``, section 5. Dong, Roth & Su 2022, Cor. 2.13.
-    """
-    _check(canaries, guesses, correct, delta, significance)
-    _validate.inside("delta", delta, 0, 1, "Gaussian noise gives no finite ε at δ = 0.")
-
-    def largest(right: int, of: int) -> float:
-        return _largest(lambda mu: _refuted(canaries, of, right, mu, significance))
-
-    top = _ceiling(lambda g: largest(g, g), canaries, guesses, 0.0, significance)
-    mu = largest(correct, guesses)
-    return LeakageEstimate(
-        epsilon=gdp_epsilon(mu, delta),
-        delta=delta,
-        significance=significance,
-        canaries=canaries,
-        ceiling=gdp_epsilon(top, delta),
-        method="one-run audit of a Gaussian trade-off curve",
-        observed=f"{correct} of {guesses} guesses right",
-        assumptions=("the mechanism's trade-off curve is Gaussian", *_ASSUMPTIONS),
-        references=("mahloujifar-fdp-2024", "dong-gaussian-2022"),
-        threat_model=threat_model,
-        adjacency=adjacency,
-        mu=mu,
-    )
-
-
-def gdp_epsilon(mu: float, delta: float) -> float:
-    """Smallest ε at which a Gaussian trade-off curve of this μ is (ε, δ), rounded down.
-
-    δ(ε) = Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ).
-    """
-    if mu == 0:
-        return 0.0
-
-    def above(epsilon: float) -> bool:
-        first = float(special.log_ndtr(mu / 2 - epsilon / mu))
-        second = epsilon + float(special.log_ndtr(-mu / 2 - epsilon / mu))
-        if second >= first:  # by rounding only
-            return False
-        value = first + math.log(-math.expm1(second - first))
-        # Rounding of the two logarithms, of size x²/2 for x = ε/μ, over their difference, about
-        # μ/(1 + x).
-        slack = 1e-9 + 1e-15 * (1.0 + (epsilon / mu) ** 3) / mu
-        return value > math.log(delta) + slack
-
-    return _largest(above)
-
-
-def _refuted(canaries: int, guesses: int, correct: int, mu: float, significance: float) -> bool:
-    """Whether under μ-GDP ``correct`` or more right guesses are rarer than ``significance``.
-
-    ``wrong`` and ``right`` are lower ends of E[wrong guesses; W >= i] and E[right guesses; W >= i]
-    if P[W >= correct] were ``significance``. Together they are g P[W >= i], which must not exceed
-    g. Section 5 of the docs.
-    """
-    if correct == 0:
-        return False
-    wrong = significance * (guesses - correct)
-    right = significance * correct
-    limit = guesses * _SLACK
-    for i in range(correct - 1, -1, -1):
-        share = right / canaries
-        if share >= 1:
-            return True
-        least = canaries * float(special.ndtr(special.ndtri(share) - mu))
-        if least <= wrong:  # and then it stays so: neither moves any more
-            return wrong + right > limit
-        right += (least - wrong) * i / (guesses - i)
-        wrong = least
-        if wrong + right > limit:
-            return True
-    return False
-
-
 def _least_right(inside: Array, outside: Array, top: int) -> int:
     """Members among the ``top`` highest, where equals at the boundary count as wrong first."""
     if top == 0:
@@ -396,7 +294,7 @@ def _least_right(inside: Array, outside: Array, top: int) -> int:
     return above + max(0, left - int(np.sum(outside == boundary)))
 
 
-def _largest(rejected: Callable[[float], bool]) -> float:
+def largest_rejected(rejected: Callable[[float], bool]) -> float:
     """An end of the rejected parameters: one that is ``rejected``, just below one that is not."""
     if not rejected(0.0):
         return 0.0
@@ -413,7 +311,7 @@ def _largest(rejected: Callable[[float], bool]) -> float:
     return low
 
 
-def _ceiling(
+def perfect_score(
     largest: Callable[[int], float],
     canaries: int,
     guesses: int,
@@ -440,7 +338,10 @@ def _ceiling(
     )
 
 
-def _check(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> None:
+def check_counts(
+    canaries: int, guesses: int, correct: int, delta: float, significance: float
+) -> None:
+    """Raise TypeError or ValueError unless they can belong to one run and one claim."""
     _validate.integer("canaries", canaries, 1)
     _validate.integer("guesses", guesses, 1)
     _validate.integer("correct", correct, 0)
@@ -449,6 +350,5 @@ def _check(canaries: int, guesses: int, correct: int, delta: float, significance
             "correct <= guesses <= canaries must hold, got "
             f"{correct}, {guesses} and {canaries} of them."
         )
-    if not 0 <= delta < 1:
-        raise ValueError(f"delta must lie in [0, 1), got {delta!r}.")
+    _validate.half_open("delta", delta, 0, 1)
     _validate.inside("significance", significance, 0, 1)

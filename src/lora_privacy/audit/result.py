@@ -76,17 +76,13 @@ class LeakageEstimate:
     mu: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < math.inf:
-            raise ValueError(
-                f"epsilon must lie in [0, inf), got {self.epsilon!r}. No finite number of "
-                "canaries shows an infinite ε."
-            )
+        hint = "No finite number of canaries shows an infinite ε."
+        _validate.half_open("epsilon", self.epsilon, 0, math.inf, hint)
         if not self.ceiling >= self.epsilon:
             raise ValueError(
                 f"ceiling must be at least epsilon = {self.epsilon!r}, got {self.ceiling!r}."
             )
-        if not 0 <= self.delta < 1:
-            raise ValueError(f"delta must lie in [0, 1), got {self.delta!r}.")
+        _validate.half_open("delta", self.delta, 0, 1)
         _validate.choice("adjacency", self.adjacency, ADJACENCIES)
         _validate.integer("attempts", self.attempts, 1)
         if self.mu is not None:
