@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import compileall
+import fcntl
 import hashlib
 import importlib
 import itertools
@@ -251,6 +252,8 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="take a new copy of the tree")
     parser.add_argument("--again", action="store_true", help="run survivors on a new copy")
     options = parser.parse_args()
+    lock = RECORDS.with_suffix(".lock").open("w")  # two runs would change each other's source
+    fcntl.flock(lock, fcntl.LOCK_EX)
     for name in HEAVY:
         importlib.import_module(name)
     if options.fresh or options.again or not (FOLDER / "tests.json").exists():
