@@ -670,7 +670,7 @@ def test_the_room_lends_out_these_names() -> None:
     """``denoise`` is the function however often it is asked for: no module has its name."""
     import lora_privacy.training.denoising
 
-    for name in ("denoise", "predicted_cosine", "SingularValueDenoiser", "SpectrumProfile"):
+    for name in ("denoise", "predicted_cosine", "SingularValueDenoiser"):
         assert getattr(training, name) is getattr(lora_privacy.training.denoising, name)
         assert name in training.__all__
 

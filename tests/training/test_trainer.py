@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     DataCollatorWithFlattening,
+    HfArgumentParser,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -36,7 +37,7 @@ from lora_privacy.training import (
     engine,
     make_private,
 )
-from lora_privacy.training.trainer import mean_over_records
+from lora_privacy.training.record_loss import record_losses
 
 DELTA, LENGTH, SIZE = 1e-5, 12, 30
 NONE = 1e-30  # a noise multiplier that adds nothing in float32
@@ -308,7 +309,7 @@ def test_the_loss_is_a_mean_over_each_records_own_tokens(shift: bool) -> None:
         pairs = zip(scores[:-1], own[1:], strict=True) if shift else zip(scores, own, strict=True)
         terms = [-float(s.log_softmax(0)[y]) for s, y in pairs if y != -100]
         wanted.append(np.mean(terms) if terms else 0.0)
-    found = mean_over_records(logits, labels, shift=shift)
+    found = record_losses(logits, labels, shift=shift).mean()
     assert float(found) == pytest.approx(np.mean(wanted), rel=1e-6)
 
 
@@ -417,6 +418,13 @@ def test_arguments_that_need_other_machines_are_refused_too(tmp_path: Path, name
     object.__setattr__(given, name, True)
     with pytest.raises(UnsupportedTrainingError, match=f"does not take {name}"):
         _refuse(given, plain)
+
+
+def test_privacy_arguments_are_flags() -> None:
+    """As the docstring promises; types that the parser cannot look up raise."""
+    given = ["--delta", "1e-5", "--target_epsilon", "8", "--method", "dp-sgd", "--secure", "no"]
+    (found,) = HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses(given)
+    assert found == PrivacyArguments(delta=1e-5, target_epsilon=8.0, method="dp-sgd", secure=False)
 
 
 def test_searching_hyperparameters_is_refused(tmp_path: Path) -> None:

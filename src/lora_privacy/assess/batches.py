@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_privacy.errors import DataError
+from lora_privacy.training.record_loss import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +125,7 @@ class TokenisedDataset:
         )
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         labels = (
-            input_ids.masked_fill(~mask, -100)
+            input_ids.masked_fill(~mask, IGNORED)
             if self._labels is None
             else self._labels[torch.as_tensor(ids)]
         )

@@ -23,6 +23,7 @@ from lora_privacy.assess.training import evaluating, loss_of
 from lora_privacy.audit import Exposure, exposure, exposure_p_value
 from lora_privacy.data import TextDataset
 from lora_privacy.errors import DataError, NonFiniteError
+from lora_privacy.training.record_loss import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -236,7 +237,7 @@ def secret_log_probs(
             batch = data.batch(np.arange(start, min(start + config.batch_size, len(texts))))
             losses = loss_of(model, batch, config.task)[0].double()
             if causal:  # a mean over tokens, whose number may depend on the code
-                losses = losses * (batch.labels[:, 1:] != -100).sum(1)
+                losses = losses * (batch.labels[:, 1:] != IGNORED).sum(1)
             found.append(-losses.cpu().numpy())
     values = np.concatenate(found)
     if not np.isfinite(values).all():

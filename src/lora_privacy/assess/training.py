@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lora_privacy.core import GradientProbe, decompress, flora_layers, refresh
 from lora_privacy.errors import NonFiniteError
+from lora_privacy.training.record_loss import record_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,12 +95,8 @@ def loss_of(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, Tensor 
     if task == "classification":
         logits = model(**batch.inputs())
         return functional.cross_entropy(logits, batch.labels, reduction="none"), logits
-    logits = model(**batch.inputs()).logits[:, :-1]
-    labels = batch.labels[:, 1:]
-    tokens = functional.cross_entropy(
-        logits.transpose(1, 2), labels, reduction="none", ignore_index=-100
-    )
-    return tokens.sum(1) / (labels != -100).sum(1).clamp(min=1), None
+    logits = model(**batch.inputs()).logits
+    return record_losses(logits, batch.labels, shift=True), None
 
 
 @contextmanager

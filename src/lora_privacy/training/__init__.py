@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     )
     from lora_privacy.training.denoising import (
         SingularValueDenoiser,
-        SpectrumProfile,
         denoise,
         predicted_cosine,
     )
     from lora_privacy.training.engine import make_private
     from lora_privacy.training.guard import WeightDeltaGuard, preflight
-    from lora_privacy.training.privacy import NoiseMultiplier, TargetEpsilon
+    from lora_privacy.training.privacy import NoiseMultiplier, PrivacyArguments, TargetEpsilon
     from lora_privacy.training.private_training import PrivateTraining
     from lora_privacy.training.recorder import SampleRecorder
-    from lora_privacy.training.trainer import PrivacyArguments, PrivateTrainer
+    from lora_privacy.training.spectrum_profile import SpectrumProfile
+    from lora_privacy.training.trainer import PrivateTrainer
 
 __all__ = [
     "AutomaticClipping",
@@ -61,13 +61,13 @@ if not TYPE_CHECKING:  # checkers read the imports above; these would hide a mis
             "LayerClipping": "clipping",
             "NoiseCallback": "callback",
             "NoiseMultiplier": "privacy",
-            "PrivacyArguments": "trainer",
+            "PrivacyArguments": "privacy",
             "PrivateTrainer": "trainer",
             "PrivateTraining": "private_training",
             "RowScaling": "clipping",
             "SampleRecorder": "recorder",
             "SingularValueDenoiser": "denoising",
-            "SpectrumProfile": "denoising",
+            "SpectrumProfile": "spectrum_profile",
             "TargetEpsilon": "privacy",
             "WeightDeltaGuard": "guard",
             "clipped_sums": "clipping",

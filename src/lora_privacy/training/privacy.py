@@ -1,12 +1,18 @@
-"""What a training is asked to cost: a noise multiplier, or a target to find one for."""
+"""What a training is asked to cost: a noise multiplier, or a target to find one for; and how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from lora_privacy import _validate
 
-__all__ = ["NoiseMultiplier", "PrivacyTarget", "TargetEpsilon"]
+# At run time too, since HfArgumentParser looks the names of types up here.
+from lora_privacy.dp import Adjacency
+from lora_privacy.training.clipping import ClippingName
+from lora_privacy.training.methods import Method
+
+__all__ = ["NoiseMultiplier", "PrivacyArguments", "PrivacyTarget", "TargetEpsilon"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +71,56 @@ class TargetEpsilon:
 
 
 PrivacyTarget = NoiseMultiplier | TargetEpsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyArguments:
+    """What a private training may cost and how; ``HfArgumentParser`` reads it from flags.
+
+    Of ``target_epsilon`` and ``noise_multiplier`` at least one is given. The first alone finds the
+    noise for all steps of the training. The second alone runs for as long as the Trainer does.
+    Both: that noise, and an early stop before the step that would exceed the target.
+
+    Args:
+        delta: δ, in (0, 1); well below one over the number of records.
+        target_epsilon: ε in nats.
+        noise_multiplier: z = σ/C.
+        method: As for ``make_private``.
+        max_grad_norm: Clipping norm C of a record's gradient; that of ``TrainingArguments`` is
+            not used.
+        adjacency: As for ``make_private``.
+        clipping: ``"flat"`` or ``"automatic"``.
+        secure: As for ``make_private``.
+        deterministic: As for ``make_private``.
+        ledger: File of the ledger; None for ``ledger.jsonl`` in the output folder. A run in the
+            same folder goes on with the same ledger: what was spent there counts.
+        isolation_check: Try ``preflight`` on four records before the first step.
+        log_private_metrics: Log the training loss, which no ε covers, to wherever the Trainer
+            reports. False logs ε in its place.
+
+    Raises:
+        ValueError: Neither a target nor a noise is given.
+    """
+
+    delta: float
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    method: Method = "dp-lora"
+    max_grad_norm: float = 1.0
+    adjacency: Adjacency = "add-remove"
+    clipping: ClippingName = "flat"
+    secure: bool = True
+    deterministic: bool = False
+    ledger: str | None = None
+    isolation_check: bool = True
+    log_private_metrics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target_epsilon is None and self.noise_multiplier is None:
+            raise ValueError("Give target_epsilon, noise_multiplier, or both.")
+
+    def target(self, steps: int) -> PrivacyTarget:
+        """For ``make_private``, of a training of ``steps``."""
+        if self.noise_multiplier is not None:
+            return NoiseMultiplier(self.noise_multiplier, self.target_epsilon)
+        return TargetEpsilon(cast("float", self.target_epsilon), steps=steps)

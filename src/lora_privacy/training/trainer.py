@@ -14,13 +14,11 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -32,82 +30,28 @@ from lora_privacy.errors import StorageError, UnsupportedTrainingError
 from lora_privacy.training.engine import make_private
 from lora_privacy.training.guard import preflight
 from lora_privacy.training.methods import refuse_packing
-from lora_privacy.training.privacy import NoiseMultiplier, PrivacyTarget, TargetEpsilon
 from lora_privacy.training.private_training import PrivateTraining
+from lora_privacy.training.record_loss import is_by_token, record_losses, refuse_ignored
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers.trainer_callback import TrainerControl, TrainerState
     from transformers.training_args import TrainingArguments
 
-    from lora_privacy.dp import Adjacency, PrivacyBound
-    from lora_privacy.training.clipping import ClippingName, Transform
+    from lora_privacy.dp import PrivacyBound
+    from lora_privacy.training.clipping import Transform
     from lora_privacy.training.engine import Denoiser
-    from lora_privacy.training.methods import Method
+    from lora_privacy.training.privacy import PrivacyArguments
 
-__all__ = ["PrivacyArguments", "PrivateTrainer", "StepLoader", "mean_over_records"]
+__all__ = ["PrivateTrainer", "StepLoader"]
 
 _logger = logging.getLogger(__name__)
 
 LEDGER = "ledger.jsonl"
 _PRIVATE, _SCHEDULER, _ARGUMENTS = "private_training", "scheduler.json", "training_args.json"
-_IGNORED = -100  # label that takes no part in a loss
 _SCANNED_RECORDS, _CHECKED_RECORDS = 1000, 4  # of the isolation check
 # Computed from the private records without noise.
 _PRIVATE_LOGS = ("loss", "grad_norm", "train_loss")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacyArguments:
-    """What a private training may cost and how; ``HfArgumentParser`` reads it from flags.
-
-    Of ``target_epsilon`` and ``noise_multiplier`` at least one is given. The first alone finds the
-    noise for all steps of the training. The second alone runs for as long as the Trainer does.
-    Both: that noise, and an early stop before the step that would exceed the target.
-
-    Args:
-        delta: δ, in (0, 1); well below one over the number of records.
-        target_epsilon: ε in nats.
-        noise_multiplier: z = σ/C.
-        method: As for ``make_private``.
-        max_grad_norm: Clipping norm C of a record's gradient; that of ``TrainingArguments`` is
-            not used.
-        adjacency: As for ``make_private``.
-        clipping: ``"flat"`` or ``"automatic"``.
-        secure: As for ``make_private``.
-        deterministic: As for ``make_private``.
-        ledger: File of the ledger; None for ``ledger.jsonl`` in the output folder. A run in the
-            same folder goes on with the same ledger: what was spent there counts.
-        isolation_check: Try ``preflight`` on four records before the first step.
-        log_private_metrics: Log the training loss, which no ε covers, to wherever the Trainer
-            reports. False logs ε in its place.
-
-    Raises:
-        ValueError: Neither a target nor a noise is given.
-    """
-
-    delta: float
-    target_epsilon: float | None = None
-    noise_multiplier: float | None = None
-    method: Method = "dp-lora"
-    max_grad_norm: float = 1.0
-    adjacency: Adjacency = "add-remove"
-    clipping: ClippingName = "flat"
-    secure: bool = True
-    deterministic: bool = False
-    ledger: str | None = None
-    isolation_check: bool = True
-    log_private_metrics: bool = False
-
-    def __post_init__(self) -> None:
-        if self.target_epsilon is None and self.noise_multiplier is None:
-            raise ValueError("Give target_epsilon, noise_multiplier, or both.")
-
-    def target(self, steps: int) -> PrivacyTarget:
-        """For ``make_private``, of a training of ``steps``."""
-        if self.noise_multiplier is not None:
-            return NoiseMultiplier(self.noise_multiplier, self.target_epsilon)
-        return TargetEpsilon(cast("float", self.target_epsilon), steps=steps)
 
 
 class PrivateTrainer(Trainer):
@@ -298,8 +242,8 @@ class PrivateTrainer(Trainer):
         """Mean over records, each a function of its record alone."""
         labels: Any = inputs.get("labels")
         own = self.compute_loss_func is not None and labels is not None
-        _refuse_ignored(labels)
-        if not own and not _is_by_token(labels):
+        refuse_ignored(labels)
+        if not own and not is_by_token(labels):
             outputs = model(**inputs)
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
             return (loss, outputs) if return_outputs else loss
@@ -312,9 +256,8 @@ class PrivateTrainer(Trainer):
             loss = cast("Any", self.compute_loss_func)(outputs, labels, num_items_in_batch=None)
         else:
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-            loss = mean_over_records(
-                logits, cast("Tensor", labels), shift=_is_causal(cast("Any", self.model))
-            )
+            causal = _is_causal(cast("Any", self.model))
+            loss = record_losses(logits, cast("Tensor", labels), shift=causal).mean()
         return (loss, outputs) if return_outputs else loss
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -488,39 +431,6 @@ class _Steps(TrainerCallback):
         state.epoch = state.global_step / private.data_loader.steps_per_epoch
         if private.steps_left() == 0:
             control.should_training_stop = True
-
-
-def mean_over_records(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
-    """Cross entropy of tokens, averaged over a record's own tokens and then over records.
-
-    Args:
-        logits: (batch, length, classes).
-        labels: (batch, length); -100 takes no part, and a record without labels has loss 0.
-        shift: Whether position t predicts label t + 1.
-    """
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    each = functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=_IGNORED
-    ).view_as(labels)
-    counted = (labels != _IGNORED).sum(1).clamp(min=1)
-    return (each.sum(1) / counted).mean()
-
-
-def _is_by_token(labels: Any) -> bool:  # noqa: ANN401
-    """Whether there is a class for each token."""
-    return (
-        isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-    )
-
-
-def _refuse_ignored(labels: Any) -> None:  # noqa: ANN401
-    """Refuse a record that a mean over records would leave out, and weigh the others more."""
-    if isinstance(labels, torch.Tensor) and labels.dim() == 1 and bool((labels == _IGNORED).any()):
-        raise UnsupportedTrainingError(
-            f"A record has the label {_IGNORED}, which a mean over the batch leaves out, so that "
-            "the others weigh more. Take such records out of the data set."
-        )
 
 
 def _length(record: Any) -> int:  # noqa: ANN401

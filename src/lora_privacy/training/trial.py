@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_privacy.core import FLoRALinear
 from lora_privacy.errors import NonFiniteError, UnsupportedTrainingError
+from lora_privacy.training.record_loss import IGNORED
 from lora_privacy.training.recorder import LayerTap, SampleRecorder, trained_layers
 from lora_privacy.training.samples import DenseSamples, FactoredSamples, Samples
 
@@ -30,7 +31,6 @@ LossOf = Callable[[nn.Module, Any], Tensor]
 
 # Inputs by which models and collators tell apart the records that share a row.
 _PACKING = ("cu_seq", "seq_idx", "max_length_q", "max_length_k", "document_id")
-_IGNORED = -100  # label that transformers and cross entropy leave out
 _SIDEWAYS = 0.1  # of a movement: with less than this off its old line, a gradient was rescaled
 
 
@@ -133,7 +133,7 @@ class Records:
     def _shorter(self, row: int) -> dict[Any, Tensor]:
         """Masks and labels with half of what they hold in all rows but one."""
         found: dict[Any, Tensor] = {}
-        for key, off in (("attention_mask", 0), ("labels", _IGNORED)):
+        for key, off in (("attention_mask", 0), ("labels", IGNORED)):
             value = self._rows.get(key)
             if value is None or value.dim() != 2 or value.is_floating_point():
                 continue
