@@ -43,8 +43,7 @@ def least_epsilon(cost: Cost, plain: Array, delta: float, grid: tuple[float, ...
 
     def objective(rows: Index, orders: Array) -> Array:
         spread = orders - 1
-        total, log_order = cost(rows, orders), np.log(orders)
-        gain = np.log(spread) - log_order
+        total, log_order, gain = cost(rows, orders), np.log(orders), _log_rest(orders)
         slack = 8 * _EPS * (total - gain - (log_delta - log_order) / spread)
         return total + gain - (log_delta + log_order) / spread + slack
 
@@ -58,12 +57,16 @@ def least_log_delta(
 
     def objective(rows: Index, orders: Array) -> Array:
         spread = orders - 1
-        total, log_order = cost(rows, orders), np.log(orders)
-        gain = np.log(spread) - log_order
+        total, log_order, gain = cost(rows, orders), np.log(orders), _log_rest(orders)
         slack = 8 * _EPS * (spread * (total + epsilon - gain) + log_order)
         return spread * (total - epsilon + gain) - log_order + slack
 
     return _minimum(objective, grid, (1 + epsilon) / plain)
+
+
+def _log_rest(orders: Array) -> Array:
+    """log((α-1)/α) to its last digits; at large α the two logarithms would cancel."""
+    return np.where(orders > 2, np.log1p(-1 / orders), np.log(orders - 1) - np.log(orders))
 
 
 def _minimum(

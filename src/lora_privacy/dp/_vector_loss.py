@@ -6,8 +6,7 @@ With θ the angle whose tangent is t_r/√r and s the χ variable with k = m+r-1
 
 and δ = P[R <= 0] + E (1 - e^{ε-L})₊. The inner expectation has a closed form as a difference of χ²
 tails, which loses all digits when L barely exceeds ε. Here it is the integral of the positive
-function itself, between exact limits. In s that integrand is analytic and log-concave with
-curvature at least 1 for every k, which gives its window in closed form. Derivation in
+function itself, between exact limits, by ``_chi_tail``. Derivation in
 docs/theory/projection-pairs.md.
 """
 
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
+from lora_privacy.dp._chi_tail import DROP, FINE, FINE_WEIGHTS, Rule, log_chi_norm, log_tails
 from lora_privacy.errors import ConvergenceError
 
 Array = npt.NDArray[np.float64]
@@ -34,7 +34,6 @@ RTOL = 1e-10
 """Relative error of δ; every value is checked against halved panels and another inner rule."""
 
 _TINY = np.finfo(np.float64).tiny
-_DROP = 30.0  # e-folds below its peak where an integrand is cut; e^-30 ≈ 1e-13
 _IGNORED = 4.0  # e-folds more below the result at which a node is skipped; π e^-34 ≈ 5e-15
 _AGREEMENT = 2e-11  # of the halved panels; the finer sum, far more accurate, is returned
 _EDGE = 1e-13  # of a segment: closer to an end that is not one of θ lies rounding
@@ -47,22 +46,13 @@ _COARSE_TURNS = 10  # the most for coarse nodes, which may jump over what they l
 _STEEP = 3.0  # -d log δ / d log ε beyond which δ falls like a normal tail, not like a power
 
 
-class Rule(NamedTuple):
-    """Nodes of both integrals, and e-folds below its peak where the inner integrand is cut."""
-
-    inner: tuple[Array, Array]
-    outer: tuple[Array, Array]
-    drop: float
-
-
 # Two rules for each integral, used in turn, so that each check is one of both integrals.
 _RULES = (
-    Rule(np.polynomial.legendre.leggauss(34), np.polynomial.legendre.leggauss(12), _DROP),
-    Rule(np.polynomial.legendre.leggauss(42), np.polynomial.legendre.leggauss(17), _DROP),
+    Rule(np.polynomial.legendre.leggauss(34), np.polynomial.legendre.leggauss(12), DROP),
+    Rule(np.polynomial.legendre.leggauss(42), np.polynomial.legendre.leggauss(17), DROP),
 )
 # Usually right to 1e-6 in half the time, for the start of a search. It returns nothing.
 _COARSE = Rule(np.polynomial.legendre.leggauss(12), np.polynomial.legendre.leggauss(6), 15.0)
-_FINE, _FINE_WEIGHTS = (np.asarray(a) for a in np.polynomial.legendre.leggauss(96))
 # Panels before any refinement: powers of two of the scale 1/√r of θ.
 _SCALES = tuple(2.0**i for i in range(6))
 # Steps of s, whose law has a standard deviation of .7, where panels are cut, to ``_SAME``.
@@ -102,7 +92,7 @@ class VectorLoss:
     _log_angle: float = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_log_chi", _log_chi_norm(self.in_features + self.rank - 1))
+        object.__setattr__(self, "_log_chi", log_chi_norm(self.in_features + self.rank - 1))
         object.__setattr__(self, "_log_angle", _log_angle_norm(self.rank))
 
     @property
@@ -350,9 +340,8 @@ class VectorLoss:
     ) -> tuple[float, float]:
         """Halve panels until they agree with what they were before."""
         low, high, segment = panels.low, panels.high, panels.segment
-        coarse: Array = self._panel_sums(epsilon, segments, low, high, segment, _RULES[0], about)[
-            0
-        ]
+        sums = self._panel_sums(epsilon, segments, low, high, segment, _RULES[0], about)
+        coarse: Array = sums[0]
         about = max(about, float(_logsumexp(coarse)))
         settled = np.zeros((2, 0))
         for turn in range(1, _ROUNDS):
@@ -458,56 +447,11 @@ class VectorLoss:
         kept = (log_weight[part] - decay > about - rule.drop - _IGNORED).nonzero()[0]
         if kept.size:
             part = part[kept]
-            logs[0, part], logs[1, part] = self._tail(square[kept], slope[kept], rule)
+            logs[0, part], logs[1, part] = log_tails(
+                k, self._log_chi, square[kept], slope[kept], rule
+            )
         logs += log_weight
         return logs
-
-    def _tail(self, square: Array, slope: Array, rule: Rule) -> tuple[Array, Array]:
-        """Logs of E (1 - e^{-|slope (s²-x)|/2}) and of P, over s² > x = ``square``, or s² < x.
-
-        It is the upper tail where ``slope``, of the sign of R - 1, is negative.
-        """
-        k = self.in_features + self.rank - 1
-        mode = math.sqrt(k - 1)
-        up, edge = slope < 0, np.sqrt(square)
-        start = np.where(up, np.maximum(edge, mode), np.minimum(edge, mode))
-        # Beyond ``start`` the log density falls at least like fall·w + curvature·w²/2, where the
-        # curvature 1 + (k-1)/s² is at least 2 below the mode and at least 1 above.
-        fall = np.abs(start - (k - 1) / np.maximum(start, 1e-300))
-        width = _window(rule.drop, fall, np.where(up, 1.0, 2.0))
-        curvature = np.where(up, 1 + (k - 1) / np.square(start + width), 2.0)
-        width = _window(rule.drop, fall, curvature)
-        below, above = mode - math.sqrt(rule.drop), mode + math.sqrt(2 * rule.drop)
-        near = np.where(up, np.maximum(edge, below), np.minimum(edge, above))
-        far = np.where(up, start + width, np.maximum(start - width, 0.0))
-        low, high = np.minimum(near, far), np.maximum(near, far)
-        # Beyond ``cut`` the factor is 1 - e^-drop.
-        cut = np.sqrt(np.maximum(square - 2 * rule.drop / slope, 0.0))
-        cut = np.minimum(np.maximum(cut, low), high)
-        peak = _log_chi(k, np.minimum(np.maximum(low, mode), high))
-        # Panels from near to cut, and from cut to far where these differ.
-        rest = (cut != far).nonzero()[0]
-        a, b = np.concatenate([near, cut[rest]]), np.concatenate([cut, far[rest]])
-        nodes, weights = rule.inner
-        half = 0.5 * (b - a)
-        s = half[:, None] * (1 + nodes)
-        s += a[:, None]
-        density = _log_chi(k, s)
-        density -= np.concatenate([peak, peak[rest]])[:, None]
-        np.exp(density, out=density)
-        half, n = np.abs(half), len(edge)
-        mass = half * (density @ weights)
-        without, beyond = mass[:n], mass[n:]
-        loss = s[:n] - edge[:, None]
-        loss *= s[:n] + edge[:, None]
-        loss *= 0.5 * slope[:, None]
-        np.expm1(loss, out=loss)
-        loss *= density[:n]
-        with_loss = -half[:n] * (loss @ weights)
-        with_loss[rest] += beyond
-        without[rest] += beyond
-        base = self._log_chi + peak
-        return base + np.log(with_loss), base + np.log(without)
 
 
 def projected_sign_flip(rank: int, cosine: float) -> float:
@@ -542,45 +486,15 @@ def _newton(
     return epsilon * math.exp(min(max(step, -limit), limit))
 
 
-def _window(drop: float, fall: Array, curvature: Array) -> Array:
-    """The w at which fall·w + curvature·w²/2 is ``drop``."""
-    return drop / (fall / 2 + np.sqrt(fall * fall / 4 + curvature * (drop / 2)))
-
-
-def _log_chi(k: int, s: Array) -> Array:
-    """Log of the χ_k density at ``s`` over that at its mode √(k-1)."""
-    if k == 1:
-        return -0.5 * s * s
-    mode = math.sqrt(k - 1)
-    # In place, as in ``_tail``: memory, not arithmetic, takes the time.
-    t = s - mode
-    t /= mode
-    quadratic = 0.5 * t
-    quadratic += 1
-    quadratic *= t
-    value = np.log1p(t, out=t)
-    value -= quadratic
-    value *= k - 1
-    return value
-
-
-def _log_chi_norm(k: int) -> float:
-    """Log of the χ_k density at its mode; lgamma would lose k ln k · eps."""
-    mode, reach = math.sqrt(k - 1), math.sqrt(2 * _DROP)
-    low, high = max(0.0, mode - reach), mode + reach
-    s = low + 0.5 * (high - low) * (1 + _FINE)
-    return -math.log(0.5 * (high - low) * float(np.exp(_log_chi(k, s)) @ _FINE_WEIGHTS))
-
-
 def _log_angle_norm(rank: int) -> float:
     """Log of the density of θ at 0, which is ∝ cos^{r-1} θ."""
     end = math.pi / 2
     if rank > 1:
         # ln cos θ <= -θ²/2, so this is where the density is e^-30.
-        end = min(end, math.sqrt(2 * _DROP / (rank - 1)))
-    theta = end * _FINE
+        end = min(end, math.sqrt(2 * DROP / (rank - 1)))
+    theta = end * FINE
     log_density = 0.5 * (rank - 1) * np.log1p(-np.square(np.sin(theta)))
-    return -math.log(end * float(np.exp(log_density) @ _FINE_WEIGHTS))
+    return -math.log(end * float(np.exp(log_density) @ FINE_WEIGHTS))
 
 
 def _logsumexp(values: Array) -> Array:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from lora_privacy.dp._checks import check_noise_multiplier, check_sample_rate
+from lora_privacy.dp._profiles import ProfiledEvent
 from lora_privacy.dp.projected import ProjectedGaussian
+from lora_privacy.dp.result import CLIPPED, GAUSSIAN_NOISE, POISSON_SAMPLED
 
-__all__ = ["Event", "GaussianEvent", "ProjectedGaussian", "SampledGaussian"]
+__all__ = [
+    "Event",
+    "GaussianEvent",
+    "ProjectedGaussian",
+    "SampledGaussian",
+    "assumptions_of",
+    "references_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +67,18 @@ class SampledGaussian:
 
 
 Event = GaussianEvent | SampledGaussian | ProjectedGaussian
+
+
+def assumptions_of(events: Iterable[object]) -> tuple[str, ...]:
+    """What must be true of a run of ``events``, each sentence once."""
+    events = tuple(events)
+    sampled = any(isinstance(event, SampledGaussian) for event in events)
+    coin = (POISSON_SAMPLED,) if sampled else ()
+    brought = (event.assumptions for event in events if isinstance(event, ProfiledEvent))
+    return tuple(dict.fromkeys((CLIPPED, *coin, GAUSSIAN_NOISE, *chain(*brought))))
+
+
+def references_of(keys: Iterable[str], events: Iterable[object]) -> tuple[str, ...]:
+    """``keys`` and those that ``events`` bring, each once."""
+    brought = (event.references for event in events if isinstance(event, ProfiledEvent))
+    return tuple(dict.fromkeys((*keys, *chain(*brought))))

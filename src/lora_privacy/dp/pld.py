@@ -19,16 +19,15 @@ from lora_privacy.dp._checks import (
 )
 from lora_privacy.dp._profiles import Profile, ProfiledEvent, SampledPair
 from lora_privacy.dp._replaced import ReplacedPair
-from lora_privacy.dp.events import GaussianEvent, ProjectedGaussian, SampledGaussian
-from lora_privacy.dp.rdp import RdpAccountant
-from lora_privacy.dp.result import (
-    ADJACENCIES,
-    CLIPPED,
-    GAUSSIAN_NOISE,
-    POISSON_SAMPLED,
-    Adjacency,
-    PrivacyBound,
+from lora_privacy.dp.events import (
+    GaussianEvent,
+    ProjectedGaussian,
+    SampledGaussian,
+    assumptions_of,
+    references_of,
 )
+from lora_privacy.dp.rdp import RdpAccountant
+from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
 
 __all__ = ["PldAccountant"]
@@ -235,24 +234,17 @@ class PldAccountant:
             )
         elif delta == 1:
             reason = f"no δ below 1 is proved at ε = {epsilon!r}."
-        assumptions = [CLIPPED]
-        references: list[str] = list(_CLOSED if method == "gdp" else _GRID)
-        if any(isinstance(event, SampledGaussian) for event, _ in self.events):
-            assumptions.append(POISSON_SAMPLED)
-        if self.adjacency == "replace" and any(_is_sampled(event) for event, _ in self.events):
-            references.append("balle-subsampling-2018")
-        assumptions.append(GAUSSIAN_NOISE)
-        for event, _ in self.events:
-            if isinstance(event, ProfiledEvent):
-                assumptions += [one for one in event.assumptions if one not in assumptions]
-                references += [one for one in event.references if one not in references]
+        events = [event for event, _ in self.events]
+        keys = _CLOSED if method == "gdp" else _GRID
+        if self.adjacency == "replace" and any(map(_is_sampled, events)):
+            keys = (*keys, "balle-subsampling-2018")
         return PrivacyBound(
             epsilon=epsilon,
             delta=delta,
             adjacency=self.adjacency,
             method=method,
-            assumptions=tuple(assumptions),
-            references=tuple(references),
+            assumptions=assumptions_of(events),
+            references=references_of(keys, events),
             reason=reason,
         )
 

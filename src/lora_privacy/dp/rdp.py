@@ -20,16 +20,16 @@ from lora_privacy.dp._checks import (
     merged_ledger,
 )
 from lora_privacy.dp._conversion import least_epsilon, least_log_delta
-from lora_privacy.dp.events import Event, GaussianEvent, ProjectedGaussian, SampledGaussian
-from lora_privacy.dp.projected import refuse_unproved as refuse_unproved_projection
-from lora_privacy.dp.result import (
-    ADJACENCIES,
-    CLIPPED,
-    GAUSSIAN_NOISE,
-    POISSON_SAMPLED,
-    Adjacency,
-    PrivacyBound,
+from lora_privacy.dp.events import (
+    Event,
+    GaussianEvent,
+    ProjectedGaussian,
+    SampledGaussian,
+    assumptions_of,
+    references_of,
 )
+from lora_privacy.dp.projected import refuse_unproved as refuse_unproved_projection
+from lora_privacy.dp.result import ADJACENCIES, Adjacency, PrivacyBound
 from lora_privacy.errors import UnsupportedEventError
 
 __all__ = ["RdpAccountant", "event_rdp", "sampled_gaussian_bounds", "sampled_gaussian_rdp"]
@@ -255,22 +255,13 @@ def _bound(
         reason = "the Rényi divergence is beyond double precision at every order tried."
     elif delta == 1:
         reason = f"the Rényi divergences prove no δ below 1 at ε = {epsilon!r}."
-    assumptions = [CLIPPED]
-    if any(isinstance(event, SampledGaussian) for event in events):
-        assumptions.append(POISSON_SAMPLED)
-    assumptions.append(GAUSSIAN_NOISE)
-    references = _REFERENCES
-    for event in events:
-        if isinstance(event, ProjectedGaussian):
-            assumptions.extend(one for one in event.assumptions if one not in assumptions)
-            references = tuple(dict.fromkeys((*references, *event.references)))
     return PrivacyBound(
         epsilon=epsilon,
         delta=delta,
         adjacency=adjacency,
         method="rdp",
-        assumptions=tuple(assumptions),
-        references=references,
+        assumptions=assumptions_of(events),
+        references=references_of(_REFERENCES, events),
         reason=reason,
     )
 
