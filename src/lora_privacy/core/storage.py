@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora_privacy.core.adapter import adapters, refuse_adapted
-from lora_privacy.core.flora import FLoRALinear, check_dense, flora_layers
+from lora_privacy.core.flora import FLoRALinear, check_dense
+from lora_privacy.core.flora_steps import flora_layers
 from lora_privacy.core.lora import LoRALinear, dense_shape, is_conv1d, thin_linear
 from lora_privacy.core.projection import RandomProjection
 from lora_privacy.errors import (
