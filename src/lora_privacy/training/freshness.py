@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_privacy._digest import tensor_digest
 from lora_privacy.core import FLoRALinear, RandomProjection, is_conv1d
 from lora_privacy.dp import ProjectionAttestation
 from lora_privacy.training.randomness import SystemRandomness
@@ -107,9 +108,6 @@ class FreshProjections:
 
     def attest(self, step: int, model: nn.Module) -> ProjectionAttestation:
         """State what this step is; clip and noise are as ``make_private`` drives them."""
-        # Imported here: the bridge to Opacus takes seconds and only this method needs it.
-        from lora_privacy.dp.opacus import projection_digest
-
         own = {id(layer.weight) for layer in self.layers.values()}
         seed = f"lora-privacy projection seed {self._step_seed()}"
         return ProjectionAttestation(
@@ -117,7 +115,7 @@ class FreshProjections:
             law=self.law,
             layers=self.shapes,
             seed_digest=hashlib.sha256(seed.encode()).hexdigest(),
-            matrix_digest=projection_digest(self.a(name) for name in self.layers),
+            matrix_digest=tensor_digest(("", self.a(name)) for name in self.layers),
             clipped_whole=True,
             noised_whole=True,
             factors_reset=all(
