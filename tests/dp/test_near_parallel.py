@@ -45,3 +45,14 @@ def test_a_seen_angle_gives_the_same_profile() -> None:
     expected = VectorProjection(30, 6, math.cos(angle)).epsilon(1e-6).epsilon
     found = matrix_projection(v, v_prime, 6, 1e-6).epsilon
     assert found == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_a_column_in_the_span_of_the_others_has_no_residual_to_split() -> None:
+    """What is left of it is rounding, 1e-16 of it: the bound is that of a revealed A."""
+    rng = np.random.default_rng(2)
+    unit, other = rng.standard_normal(2), rng.standard_normal(2)
+    v = np.stack([3 * unit, unit], axis=1)
+    v_prime = np.stack([3 * unit + other, unit], axis=1)
+    for first, second in ((v, v_prime), (v_prime, v)):
+        found = NoisedProjection(first, second, 3, 1e-6).epsilon(1e-3)
+        assert found.method == "upper bound, A revealed"

@@ -141,17 +141,18 @@ def matrix_projection(
     return found(inf, inf, event, shape, reason)
 
 
-def cosine_between(first: Array, second: Array) -> float:
+def cosine_between(first: Array, second: Array, error: float = 0.0) -> float:
     """Cosine of two unit vectors, ±1 only where they are equal or opposite to the last digit.
 
     It comes from their chord, because a scalar product does not see angles below 1e-8, and is
     rounded away from ±1: a pair that is closer to a line than doubles tell counts as 2e-8 off it.
+    ``error`` is by how much the vectors may be off, beyond the last digit.
     """
     side = 1.0 if first @ second >= 0 else -1.0
     chord = float(np.linalg.norm(first - side * second))
-    if not chord:
+    if not chord and not error:
         return side
-    chord += 4 * _EPS  # rounding of the unit vectors
+    chord += 4 * _EPS + error  # rounding of the unit vectors
     return side * math.nextafter(1 - chord * chord / 2, 0.0)
 
 

@@ -24,6 +24,7 @@ _REFERENCES = ("p2-projections-2026", "davidson-szarek-2001")
 # Shares of δ: for the norm of what the noise must hide, and for the residual vectors.
 _NORM_SHARE = 0.1
 _RESIDUAL_SHARES = (0.02, 0.2, 0.5, 0.8)
+_LEAST_RESIDUAL = 1e-8  # of a column: the direction of a smaller one would be rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,15 +109,18 @@ class NoisedProjection:
         if k >= min(self.rank, m):
             return []
         before, after = self.v[:, self._column], self.v_prime[:, self._column]
-        seen = 0.0
+        whole = self._norm(before), self._norm(after)
+        seen, error = 0.0, 0.0
         if span is not None and k:
             inner = span.T @ self._difference
             seen = self._shown(k, inner, self._difference - span @ inner, _NORM_SHARE * delta)
             before, after = before - span @ (span.T @ before), after - span @ (span.T @ after)
         one, two = self._norm(before), self._norm(after)
-        if not one or not two:
-            return []  # a zero residual is told from any other
-        cosine = cosine_between(before / one, after / two)
+        if one <= _LEAST_RESIDUAL * whole[0] or two <= _LEAST_RESIDUAL * whole[1]:
+            return []  # a residual of zero, as this may be, is told from any other
+        if k:
+            error = m * _EPS * (whole[0] / one + whole[1] / two)
+        cosine = cosine_between(before / one, after / two, error)
         if m - k == 1:
             cosine = math.copysign(1.0, cosine)
         pair = VectorProjection(m - k, self.rank - k, cosine, two / one)
