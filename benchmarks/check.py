@@ -17,7 +17,7 @@ from pathlib import Path
 from _results import FOLDER, Results, Row, load
 from _targets import TARGETS, Target
 
-__all__ = ["faults", "known_misses", "read"]
+__all__ = ["faults", "known_misses", "measured", "read"]
 
 
 def read(folder: Path) -> tuple[dict[str, Results], list[str]]:
@@ -40,7 +40,7 @@ def faults(found: dict[str, Results], targets: Sequence[Target] = TARGETS) -> li
     """A line for each target that is missed or cannot be looked at; empty if all is well."""
     lines: list[str] = []
     for target in targets:
-        row = _row(found, target)
+        row = measured(found, target)
         if row is None:
             lines.append(f"{_name(target)}: not measured. Run `make bench`.")
             continue
@@ -72,7 +72,7 @@ def known_misses(found: dict[str, Results], targets: Sequence[Target] = TARGETS)
     """A line for each target that is known to be out of reach, with what is held instead."""
     lines: list[str] = []
     for target in targets:
-        row = _row(found, target)
+        row = measured(found, target)
         if target.known_miss is not None and row is not None:
             how = "missed" if row.misses(target.limit) else "no longer missed: drop the exemption"
             lines.append(
@@ -82,7 +82,8 @@ def known_misses(found: dict[str, Results], targets: Sequence[Target] = TARGETS)
     return lines
 
 
-def _row(found: dict[str, Results], target: Target) -> Row | None:
+def measured(found: dict[str, Results], target: Target) -> Row | None:
+    """The row of ``target``, or None."""
     rows = found[target.benchmark].rows if target.benchmark in found else []
     key = (target.part, target.name, target.peer)
     return next((row for row in rows if row.key == key), None)

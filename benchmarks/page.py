@@ -4,7 +4,8 @@
 
 The prose is written by hand; what stands between ``<!-- begin NAME -->`` and ``<!-- end -->`` is
 written here. The results are copied to docs/performance/, so that a test can render the page
-again. NAME is a benchmark, ``machine``, ``targets`` or ``growth``.
+again. NAME is a benchmark, ``machine``, ``targets`` or ``growth``. What is not measured yet is
+named as such.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import re
 from pathlib import Path
 
 from _results import FOLDER, Curve, Results, Row
-from check import read
+from _targets import TARGETS, Target
+from check import measured, read
 
 __all__ = ["KEPT", "PAGE", "render"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 KEPT = PAGE.with_suffix("")  # docs/performance/
 _PART = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_LATER = "not measured yet"
+_GROWTH = ("tokens", "rank", "layers", "steps", "events", "canaries")
 _UNITS = {"time": "× its CPU time", "faster": "× faster", "memory": "× its memory"}
 
 
@@ -28,16 +32,12 @@ def render(template: str, found: dict[str, Results]) -> str:
     """The page with every generated part written anew.
 
     Raises:
-        ValueError: A part names a benchmark without results, or results have no part.
+        ValueError: The results of a benchmark have no part.
     """
     names = {match["name"] for match in _PART.finditer(template)}
-    shown = {name for name in found if not name.startswith("growth-")}
-    wanted = names - {"machine", "targets", "growth"}
-    if wanted != shown:
-        raise ValueError(
-            f"The page and the results differ: {sorted(wanted ^ shown)}. Each benchmark needs "
-            "its results and a part of the page."
-        )
+    homeless = set(found) - names - {f"growth-{one}" for one in _GROWTH}
+    if homeless:
+        raise ValueError(f"The page has no part for {sorted(homeless)}. Add its two markers.")
     whole = {
         "machine": lambda: machine(found),
         "targets": lambda: targets(found),
@@ -46,7 +46,11 @@ def render(template: str, found: dict[str, Results]) -> str:
 
     def part(match: re.Match[str]) -> str:
         name = match["name"]
-        return match[1] + (whole[name]() if name in whole else tables(found[name])) + "\n"
+        if name in whole:
+            text = whole[name]()
+        else:
+            text = tables(found[name]) if name in found else f"\n`{name}`: {_LATER}.\n"
+        return f"{match[1]}{text}\n"
 
     return _PART.sub(part, template)
 
@@ -62,7 +66,7 @@ def number(value: float, unit: str) -> str:
     return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:#.3g}"
 
 
-def measured(row: Row) -> str:
+def interval(row: Row) -> str:
     """The median and its interval, if it has one."""
     middle, low, high = (number(x, row.unit) for x in (row.median, row.low, row.high))
     return middle if row.low == row.high else f"{middle} [{low}, {high}]"
@@ -92,7 +96,7 @@ def tables(results: Results) -> str:
         lines += ["| what | median [95 %] | unit | rounds | target | met |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [
-            f"| {what(row)} | {measured(row)} | {unit(row)} | {row.pairs} | {goal(row)} | "
+            f"| {what(row)} | {interval(row)} | {unit(row)} | {row.pairs} | {goal(row)} | "
             f"{row.verdict()} |"
             for row in rows
         ]
@@ -107,21 +111,26 @@ def raw(names: list[str]) -> str:
 
 def targets(found: dict[str, Results]) -> str:
     """Every target, and how many are met."""
-    rows = [row for results in found.values() for row in results.rows if row.target is not None]
-    counts = {verdict: sum(row.verdict() == verdict for row in rows) for verdict in ("yes", "NO")}
-    left = len(rows) - sum(counts.values())
+    rows = [measured(found, target) for target in TARGETS]
+    verdicts = [_LATER if row is None else row.verdict() for row in rows]
     lines = [
-        f"\n{counts['yes']} of {len(rows)} targets are met, {counts['NO']} are missed, and of "
-        f"{left} the interval is too wide to tell.\n",
+        f"\n{len(rows)} targets: {verdicts.count('yes')} met, {verdicts.count('NO')} missed, "
+        f"{verdicts.count('open')} open, {verdicts.count(_LATER)} {_LATER}.\n",
         "| where | what | median [95 %] | unit | target | met |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row.part} | {what(row)} | {measured(row)} | {unit(row)} | {goal(row)} | "
-        f"{row.verdict()} |"
-        for row in rows
-    ]
+    lines += [_held(target, row) for target, row in zip(TARGETS, rows, strict=True)]
     return "\n".join(lines) + "\n"
+
+
+def _held(target: Target, row: Row | None) -> str:
+    if row is None:
+        over = "" if target.peer is None else f", over {target.peer}"
+        return f"| {target.part} | {target.name}{over} | {_LATER} | – | {target.limit:g} | |"
+    return (
+        f"| {row.part} | {what(row)} | {interval(row)} | {unit(row)} | {goal(row)} | "
+        f"{row.verdict()} |"
+    )
 
 
 def machine(found: dict[str, Results]) -> str:
@@ -143,11 +152,14 @@ def growth(found: dict[str, Results]) -> str:
         "\n| grows in | what | expected | over all sizes [95 %] | between the two largest | why |",
         "|---|---|---|---|---|---|",
     ]
-    names = [name for name in found if name.startswith("growth-")]
+    names = [f"growth-{one}" for one in _GROWTH if f"growth-{one}" in found]
+    left = [f"`growth-{one}`" for one in _GROWTH if f"growth-{one}" not in found]
     for results in (found[name] for name in names):
         rows = {row.name: row for row in results.rows}
         lines += [_exponents(curve, rows) for curve in results.curves]
-    return "\n".join(lines) + f"\n\n{raw(names)}\n"
+    lines += ["", raw(names)]
+    lines += [f"\n{', '.join(left)}: {_LATER}."] if left else []
+    return "\n".join(lines) + "\n"
 
 
 def _exponents(curve: Curve, rows: dict[str, Row]) -> str:

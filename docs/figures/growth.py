@@ -59,6 +59,9 @@ def main() -> None:
     figure, axes = plt.subplots(2, 3, figsize=(11.5, 7.2))
     for ax, panel in zip(axes.flat, PANELS, strict=True):
         path = folder.parent / f"performance/growth-{panel}.json"
+        if not path.exists():
+            ax.set_title(f"{panel}: not measured yet")
+            continue
         found = json.loads(path.read_text(encoding="utf-8"))
         curves = [curve for curve in found["curves"] if curve["unit"] == "s"]
         draw(ax, curves, {row["name"]: row["median"] for row in found["rows"]})
