@@ -5,6 +5,7 @@ import json
 import math
 from decimal import Decimal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,3 +142,12 @@ def test_printed_numbers_are_rounded_to_the_safe_side(value: float) -> None:
 def test_a_confidence_near_one_does_not_print_as_one() -> None:
     """Exact in decimal."""
     assert confidence(1e-15) == "0.999999999999999"
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_numbers_of_numpy_print_as_numbers(kind: type) -> None:
+    """With numpy's repr, δ would print with its type and the confidence not at all."""
+    estimate = dataclasses.replace(ESTIMATE, delta=kind(2**-10), significance=kind(2**-4))
+    assert "δ = 0.0009765625," in str(estimate)
+    assert "confidence 0.9375" in str(estimate)
+    assert json.loads(json.dumps(estimate.to_dict()))["delta"] == 2**-10

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, cast, get_args
 from lora_privacy import _notebook, _validate
 from lora_privacy._digits import round_down, round_up
 from lora_privacy._notebook import Listed, Part
-from lora_privacy._plain import plain_fields
+from lora_privacy._plain import plain_fields, unbox_floats
 from lora_privacy.references import check_keys, cite
 
 __all__ = ["CAVEAT", "NOT_STATED", "Adjacency", "LeakageEstimate", "RateEstimate"]
@@ -197,6 +197,7 @@ def confidence(significance: float) -> str:
 
 
 def _check_common(result: LeakageEstimate | RateEstimate) -> None:
+    unbox_floats(result)
     _validate.inside("significance", result.significance, 0, 1)
     _validate.integer("canaries", result.canaries, 1)
     if not result.assumptions:

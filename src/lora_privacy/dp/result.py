@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from lora_privacy import _notebook, _validate
 from lora_privacy._digits import round_up
 from lora_privacy._notebook import Listed, Part
-from lora_privacy._plain import plain_fields
+from lora_privacy._plain import plain_fields, unbox_floats
 from lora_privacy.references import check_keys, cite
 
 __all__ = [
@@ -71,6 +71,7 @@ class PrivacyBound:
     reason: str | None = None
 
     def __post_init__(self) -> None:
+        unbox_floats(self)
         _check_epsilon(self.epsilon, self.reason)
         _validate.choice("adjacency", self.adjacency, ADJACENCIES)
         if not (self.delta == 1 and self.reason):
@@ -140,6 +141,7 @@ class ImpliedPrivacy:
     reason: str | None = None
 
     def __post_init__(self) -> None:
+        unbox_floats(self)
         _check_epsilon(self.epsilon, self.reason)
         _validate.inside("delta", self.delta, 0, 1)
         for name in ("noise_multiplier", "distortion"):
@@ -215,6 +217,7 @@ class PairDivergence:
     reason: str | None = None
 
     def __post_init__(self) -> None:
+        unbox_floats(self)
         _check_epsilon(self.epsilon, self.reason)
         for name in ("forward", "backward"):
             _validate.between(name, getattr(self, name), 0, math.inf)
