@@ -121,6 +121,15 @@ def test_a_curve_from_grids_lies_on_the_safe_side_of_a_peer() -> None:
     assert curve.bounds[-1] == accountant.epsilon(1e-10)
 
 
+@pytest.mark.parametrize("event", [SampledGaussian(1.0, 0.1), SampledGaussian(5.0, 0.5)])
+def test_a_long_curve_has_no_sag(event: SampledGaussian) -> None:
+    """Down to 1e-40 no δ is more than a quarter above its certified lower end."""
+    accountant = PldAccountant().compose(event, 10)
+    for found in privacy_curve(accountant, least_delta=1e-40).bounds[1:-1:4]:
+        low, _ = accountant.delta_interval(found.epsilon)
+        assert low <= found.delta <= 1.25 * low
+
+
 def test_a_history_without_cost_and_one_without_bound() -> None:
     """Nothing released: blind guessing. Nothing proved: no curve, with the reason."""
     curve = privacy_curve(RdpAccountant())
