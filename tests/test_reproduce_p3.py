@@ -21,6 +21,8 @@ SCRIPTS = ROOT / "examples" / "reproduce"
 DOCS = ROOT / "docs"
 PAGE = DOCS / "reproduction" / "p3-denoising.md"
 RESULTS = DOCS / "reproduction" / "p3-denoising.json"
+LANGUAGE_RESULTS = DOCS / "reproduction" / "p3-language-model.json"
+CHOICE = DOCS / "reproduction" / "p3-language-model-choice.json"
 
 # 97.5 % points of Student's t with 1 to 4 degrees of freedom, from a printed table.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -343,9 +345,31 @@ def test_language_model_in_a_tiny_form(
 def test_page_says_what_the_runs_say() -> None:
     text = PAGE.read_text(encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    language = json.loads(LANGUAGE_RESULTS.read_text(encoding="utf-8"))
     check_classifier_tables(results, text)
-    for run in results["runs"]:
+    check_language_table(language, text)
+    by_arm = {row["shrinker"]: row for row in language["summary"]}
+    gap = by_arm["frobenius"]["differences"]["end"]
+    gap = [f"{gap[name]:.3f}".replace("0.", ".").replace("-", "−") for name in ("low", "high")]
+    overview = (DOCS / "reproduction.md").read_text(encoding="utf-8")
+    for prose in (text[: text.index("## ")], overview):
+        assert f"[{', '.join(gap)}]" in prose
+        for arm in ("none", "frobenius"):
+            assert f"{statistics.fmean(by_arm[arm]['values']['end']):.3f}" in prose
+    private = [run for run in language["runs"] if run["key"]["epsilon"] is not None]
+    assert len(private) < len(language["runs"])  # one shows what is learnt without noise
+    for run in (*results["runs"], *private):
         assert run["proved_epsilon"] <= run["key"]["epsilon"]
+
+
+@needs_page
+def test_rates_and_clips_are_those_chosen_on_other_pairs() -> None:
+    chosen = check_choice(json.loads(CHOICE.read_text(encoding="utf-8")))
+    for run in json.loads(LANGUAGE_RESULTS.read_text(encoding="utf-8"))["runs"]:
+        key = run["key"]
+        rate, clip = chosen[key["shrinker"]]
+        assert key["stage"] == "final"
+        assert (key["rate"], key["clip"]) == (rate, None if key["epsilon"] is None else clip)
 
 
 def test_noisy_law_against_draws(monkeypatch: pytest.MonkeyPatch) -> None:
