@@ -117,10 +117,7 @@ class AttestedLedger:
         self._check(attestation)
         self._seeds[attestation.seed_digest] = None
         self._matrices[attestation.matrix_digest] = None
-        z, p, count = event.noise_multiplier, event.sample_rate, 1
-        if self._history and self._history[-1][:2] == (z, p):
-            count += self._history.pop()[2]
-        self._history.append((z, p, count))
+        append_step(self._history, event)
 
     def _check(self, attestation: ProjectionAttestation) -> None:
         if attestation.law not in HAAR_LAWS:
@@ -196,6 +193,14 @@ def checked_layers(layers: object) -> tuple[tuple[int, int], ...]:
     return tuple(
         (_validate.integer("in_features", m, 1), _validate.integer("rank", r, 1)) for m, r in rows
     )
+
+
+def append_step(history: list[tuple[float, float, int]], event: SampledGaussian) -> None:
+    """Add one step to ``history``, to the count of an equal one if that was the last."""
+    z, p, count = event.noise_multiplier, event.sample_rate, 1
+    if history and tuple(history[-1][:2]) == (z, p):
+        count += history.pop()[2]
+    history.append((z, p, count))
 
 
 def checked_history(history: object) -> list[tuple[float, float, int]]:

@@ -45,7 +45,8 @@ def matrix_projection(
     V' = cV, c > 0, the loss is (K/2) ln c + (Q/2)(1/c - 1) with Q ~ χ²_K,
     K = q(m + rank - q), q = min(rank of V, rank). A tiny singular value may be rounding or not:
     V counts as of full rank but for rows and columns that are exactly 0, which gives the larger ε.
-    A pair within ``tolerance`` of an exception is treated as one, and ``pair`` says so.
+    A pair within ``tolerance`` of an exception is treated as one, and ``pair`` says so. Vectors
+    with an angle below 2e-8, which the cosine of a double does not tell, count as that far apart.
 
     Args:
         v: V, shape (m, n); for LoRA with a frozen A it is the transposed gradient.

@@ -24,6 +24,7 @@ from lora_privacy._digest import tensor_digest
 from lora_privacy.dp.attestation import (
     AttestedLedger,
     ProjectionAttestation,
+    append_step,
     checked_history,
     checked_layers,
 )
@@ -126,11 +127,7 @@ class SampledOpacusAccountant(IAccountant):
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
         """Charge one step; ValueError where it has no noise or a rate outside (0, 1]."""
-        event = SampledGaussian(noise_multiplier, sample_rate)
-        z, p, count = event.noise_multiplier, event.sample_rate, 1
-        if self.history and tuple(self.history[-1][:2]) == (z, p):
-            count += self.history.pop()[2]
-        self.history.append((z, p, count))
+        append_step(self.history, SampledGaussian(noise_multiplier, sample_rate))
 
     def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[DPOptimizer], None]:
         """Hook that charges a step once its noise is added, before the weights move.
