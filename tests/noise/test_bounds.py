@@ -234,6 +234,14 @@ def test_columns_do_not_fall_with_rank() -> None:
     )
 
 
+def test_the_reference_is_the_one_that_was_asked_for() -> None:
+    """A bound is quoted with the Gaussian whose distance it bounds."""
+    law = EntryNoise(8, 2.0, 1.0)
+    assert tv_bound(law).reference == "N(0, (‖q‖² + q_i²)/8)"
+    assert tv_bound(law, "published").reference == "N(0, ‖q‖²/8)"
+    assert berry_esseen_bound(law).reference == "N(0, (‖q‖² + q_i²)/8)"
+
+
 def test_bad_input_is_named() -> None:
     """Each message says what must hold or what to use."""
     with pytest.raises(UnsupportedLawError, match="needs EntryNoise"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
 from lora_privacy.errors import NonFiniteError, UnsupportedLawError
+from lora_privacy.noise.distance import Distance
 from lora_privacy.noise.entry import EntryNoise
 from lora_privacy.noise.gaussianity import (
     Variance,
@@ -266,6 +267,15 @@ def test_order_and_symmetry(rank: int, rho: float, variance: Variance) -> None:
     assert kolmogorov_to_gaussian(law, variance).value <= value
     assert value**2 <= kl_to_gaussian(law, variance).value / 2
     assert tv_to_gaussian(mirrored, variance).value == pytest.approx(value, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("distance", [tv_to_gaussian, kolmogorov_to_gaussian, kl_to_gaussian])
+def test_the_reference_is_the_one_that_was_asked_for(distance: Callable[..., Distance]) -> None:
+    """A distance is quoted with the Gaussian that it is to; both are in units of the law."""
+    law = EntryNoise(8, 2.0, 1.0)
+    assert distance(law).reference == "N(0, (‖q‖² + q_i²)/8)"
+    assert distance(law, "published").reference == "N(0, ‖q‖²/8)"
+    assert distance(law).value < distance(law, "published").value
 
 
 def test_bad_input_is_named() -> None:

@@ -142,6 +142,15 @@ def test_one_row_is_the_joint_distance() -> None:
     assert matrix_tv_to_gaussian(g, 8) == joint_tv_to_gaussian(8, 16)
 
 
+def test_the_reference_is_the_one_that_was_asked_for() -> None:
+    """Of one row, and of independent rows."""
+    assert joint_tv_to_gaussian(8, 3).reference == "N(0, (‖q‖²I + qᵀq)/8)"
+    assert joint_tv_to_gaussian(8, 3, "published").reference == "N(0, ‖q‖²I/8)"
+    rows = [[1.0, 2.0], [3.0, 4.0]]
+    assert "N(0, (‖q_i‖²I + q_iᵀq_i)/8)" in matrix_tv_to_gaussian(rows, 8).reference
+    assert "N(0, ‖q_i‖²I/8)" in matrix_tv_to_gaussian(rows, 8, "published").reference
+
+
 def test_bad_input_is_named() -> None:
     """Each message says what must hold."""
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
