@@ -275,7 +275,7 @@ def test_the_reference_is_the_one_that_was_asked_for(distance: Callable[..., Dis
     law = EntryNoise(8, 2.0, 1.0)
     assert distance(law).reference == "N(0, (‖q‖² + q_i²)/8)"
     assert distance(law, "published").reference == "N(0, ‖q‖²/8)"
-    assert distance(law).value < distance(law, "published").value
+    assert distance(law).value != distance(law, "published").value
 
 
 def test_bad_input_is_named() -> None:

@@ -43,7 +43,7 @@ def test_nodes_of_a_tail(count: Count) -> None:
 
 
 def test_steps_to_a_quantile(count: Count) -> None:
-    """Newton's method on the log of a tail: some fourteen tails a quantile, its bracket among them."""
+    """Newton's method on the log of a tail: fourteen tails a quantile with its bracket."""
     tails = count(_quadrature, "_small_tail", lambda result: result.size)
     for rank in (1, 2, 8, 64, 1000):
         for rho in (0.0, 0.1, -0.5, 0.9):
