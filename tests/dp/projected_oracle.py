@@ -84,6 +84,33 @@ def rank_one_delta(
         return scale * mp.quad(given, pieces) / mp.beta(a, c)
 
 
+def least_majorant(
+    features: int, rank: int, z: float, epsilon: float, touches: int = 150
+) -> float:
+    """Least E ψ_c(β) over c: φ up to its inflection β₀, or the tangent at c >= β₀ where above.
+
+    φ(β) = δ_Gauss(ε; √β/z). A plain sum over the logit of β, steps of 4e-3; 1e-6 relative.
+    """
+    a, c = rank / 2, (features - rank) / 2
+    t = np.arange(-80.0, 60.0, 4e-3)
+    beta = special.expit(t)
+    log_weight = a * special.log_expit(t) + c * special.log_expit(-t) - special.betaln(a, c)
+    weight = np.exp(log_weight) * 4e-3
+    mu = np.sqrt(np.maximum(beta, 1e-12)) / z
+    height = np.where(beta > 1e-12, gaussian_delta(epsilon, mu), 0.0)
+    turn = 2 * z * z * (math.sqrt(1 + epsilon * epsilon) - 1)
+    if turn >= 1:
+        return float(weight @ height)
+    found = 1.0
+    for at in np.linspace(max(turn, 1e-9), 1.0, touches):
+        m = math.sqrt(at) / z
+        slope = stats.norm.pdf(epsilon / m - m / 2) / (2 * z * math.sqrt(at))
+        line = gaussian_delta(epsilon, np.array(m)) + slope * (beta - at)
+        psi = np.where(beta <= turn, np.maximum(height, line), line)
+        found = min(found, float(weight @ psi))
+    return found
+
+
 def rank_one_composed_delta(
     features: int, rank: int, z: float, steps: int, epsilon: float
 ) -> float:

@@ -13,6 +13,7 @@ from projected_oracle import (
     drawn_shares,
     gaussian_delta,
     hockey_stick,
+    least_majorant,
     rank_one_composed_delta,
     rank_one_delta,
     shares,
@@ -158,6 +159,27 @@ def test_every_record_is_covered(p: float, direction: str, epsilon: float) -> No
             assert lower <= bound
             worst = max(worst, deltas.mean())
     assert bound <= 1.35 * worst + 1e-12, "a bound that is merely large must fail"
+
+
+@pytest.mark.parametrize(
+    ("features", "rank", "z"),
+    [
+        (4, 2, 1.0),
+        (20, 3, 0.7),
+        (9, 8, 1.0),
+        (64, 8, 0.3),
+        (768, 8, 1.0),
+        (5, 1, 0.2),
+        (768, 700, 2.0),
+    ],
+)
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.5, 2.0])
+def test_the_majorant_is_the_least_one(features: int, rank: int, z: float, epsilon: float) -> None:
+    """Oracle: 150 tangents, each with a plain sum; never below, and by 2e-4 above at most."""
+    true = least_majorant(features, rank, z, epsilon)
+    if true > 1e-8:  # the oracle has no more digits
+        found = ProjectedGaussian([(features, rank)], z).delta(epsilon).delta
+        assert true * (1 - 1e-4) <= found <= true * (1 + 2e-4)
 
 
 def test_the_worst_record_beats_rank_one_in_a_draw() -> None:
