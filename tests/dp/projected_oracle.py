@@ -102,7 +102,7 @@ def least_majorant(
     if turn >= 1:
         return float(weight @ height)
     found = 1.0
-    for at in np.linspace(max(turn, 1e-9), 1.0, touches):
+    for at in np.geomspace(max(turn, 1e-4), 1.0, touches):
         m = math.sqrt(at) / z
         slope = stats.norm.pdf(epsilon / m - m / 2) / (2 * z * math.sqrt(at))
         line = gaussian_delta(epsilon, np.array(m)) + slope * (beta - at)
