@@ -21,7 +21,7 @@ from lora_privacy.assess.escaping import (
 )
 from lora_privacy.assess.evidence_plots import plot_spectrum
 from lora_privacy.assess.latex import latex_table
-from lora_privacy.assess.plots import plot_distances
+from lora_privacy.assess.noise_plots import plot_distances
 from lora_privacy.assess.report_tables import all_tables
 from lora_privacy.assess.tables import Table, main_table
 

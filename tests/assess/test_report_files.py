@@ -12,7 +12,7 @@ import pytest
 from example_assessment import example_assessment, make_plain
 
 from lora_privacy.assess import plots
-from lora_privacy.assess.evidence_plots import SERIES
+from lora_privacy.assess.figure_style import SERIES
 from lora_privacy.assess.methods import ADDITIONS, METHODS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

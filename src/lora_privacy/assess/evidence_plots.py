@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_privacy.assess.cells import accuracy_interval, at_most
 from lora_privacy.assess.escaping import figure_label
-from lora_privacy.plots import STYLES
+from lora_privacy.assess.figure_style import legend_above, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,36 +18,14 @@ if TYPE_CHECKING:
     from lora_privacy.assess.spectra import LayerSpectrum
 
 __all__ = [
-    "SERIES",
-    "legend_above",
     "plot_areas",
     "plot_attacks",
     "plot_spectrum",
     "plot_utility",
-    "series",
 ]
-
-#: As ``lora_privacy.plots.STYLES``, and more of them: an assessment may compare many methods.
-SERIES = (
-    *STYLES,
-    ("#2e7d4f", "D", "-."),
-    ("#7b3fa0", "v", (0, (6, 1.5))),
-    ("#9a6a00", "P", (0, (1, 1))),
-    ("#00738c", "X", (0, (3, 1, 1, 1, 1, 1))),
-    ("#a01f5c", "<", (0, (8, 2, 2, 2))),
-    ("#000000", ">", (0, (2, 2))),
-    ("#5b6d00", "p", (0, (5, 1))),
-    ("#6d4c41", "h", (0, (4, 3))),
-    ("#3949ab", "*", (0, (2, 1, 6, 1))),
-)
 
 _LEAST_RATE = 1e-3
 _CURVE = 60
-
-
-def series(index: int) -> tuple[str, str, str | tuple[int, tuple[float, ...]]]:
-    """Colour, marker and line of the series number ``index``."""
-    return SERIES[index % len(SERIES)]
 
 
 def plot_utility(result: Assessment, ax: Axes) -> Axes:
@@ -203,8 +181,3 @@ def plot_spectrum(layer: LayerSpectrum, ax: Axes, title: str | None = None) -> A
 def _audited(method: MethodResult) -> float:
     found = None if method.membership is None else method.membership.report.epsilon
     return 0.0 if found is None or isinstance(found, str) else found.epsilon
-
-
-def legend_above(ax: Axes, columns: int) -> None:
-    """A small legend above ``ax``, where it hides no point."""
-    ax.legend(frameon=False, fontsize=7, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_privacy.assess.escaping import figure_label
-from lora_privacy.assess.evidence_plots import legend_above, series
+from lora_privacy.assess.figure_style import legend_above, series
 from lora_privacy.assess.tables import short_names
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ from lora_privacy.assess.evidence_plots import (
     plot_spectrum,
     plot_utility,
 )
+from lora_privacy.assess.figure_style import METADATA, SETTINGS
 from lora_privacy.assess.noise_plots import (
     plot_distances,
     plot_dynamics,
@@ -36,42 +37,9 @@ if TYPE_CHECKING:
     from lora_privacy.assess.measure import LayerNoise
     from lora_privacy.assess.result import Assessment, MethodResult
 
-__all__ = [
-    "Drawing",
-    "draw_all",
-    "plot_areas",
-    "plot_attacks",
-    "plot_distances",
-    "plot_dynamics",
-    "plot_noise_ratio",
-    "plot_quantiles",
-    "plot_spectrum",
-    "plot_training",
-    "plot_utility",
-]
+__all__ = ["Drawing", "Section", "draw_all"]
 
 _QQ_PANELS = 6
-_SETTINGS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "hatch.linewidth": 0.4,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "lora-privacy",  # the same numbers give the same file
-    "pdf.fonttype": 42,  # fonts are embedded as TrueType, which journals ask for
-    "text.usetex": False,  # names of the data are no LaTeX
-    "text.parse_math": True,  # axes in powers of ten need it; labels are escaped
-}
-# No date in a file, for the same reason as the salt.
-_METADATA: dict[str, dict[str, Any] | None] = {
-    "svg": {"Date": None},
-    "png": None,
-    "pdf": {"CreationDate": None},
-}
-
 Section = Literal["privacy", "attacks", "utility", "projection"]
 
 
@@ -236,13 +204,13 @@ def _draw(
     caption: str,
     section: Section,
 ) -> Drawing:
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=size, layout="constrained")
         paint(figure)
         figure.draw_without_rendering()  # lays it out, once for all three files
         figure.set_layout_engine("none")
         files = {}
-        for kind, metadata in _METADATA.items():
+        for kind, metadata in METADATA.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
             files[kind] = buffer.getvalue()

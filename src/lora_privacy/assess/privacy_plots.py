@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from lora_privacy.assess.plots import _SETTINGS
+from lora_privacy.assess.figure_style import METADATA, SETTINGS
 from lora_privacy.plots import plot_profile, plot_trade_off
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lora_privacy.dp.curve import PrivacyCurve
 
 __all__ = ["write_figure"]
-
-_KINDS = (".png", ".svg", ".pdf")
 
 
 def write_figure(path: Path, curve: PrivacyCurve, marked: PrivacyBound | None = None) -> None:
@@ -33,13 +31,12 @@ def write_figure(path: Path, curve: PrivacyCurve, marked: PrivacyBound | None = 
         ValueError: The ending is another one.
         OSError: The file cannot be written.
     """
-    if path.suffix not in _KINDS:
-        raise ValueError(f"The plot must end in {', '.join(_KINDS)}, got {path.name!r}.")
-    with mpl.rc_context(_SETTINGS):
+    kind = path.suffix.removeprefix(".")
+    if kind not in METADATA:
+        raise ValueError(f"The plot must end in .{', .'.join(METADATA)}, got {path.name!r}.")
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(8.2, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         plot_profile(curve, left, marked)
         plot_trade_off(curve, right)
-        # No date, so that the same numbers give the same file.
-        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        figure.savefig(path, dpi=150, metadata=dates.get(path.suffix))
+        figure.savefig(path, dpi=150, metadata=METADATA[kind])

@@ -26,7 +26,6 @@ __all__ = [
     "laws_text",
     "main_table",
     "membership_cell",
-    "number",
     "price_cell",
     "proved_cell",
     "short_names",
