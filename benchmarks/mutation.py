@@ -103,7 +103,7 @@ def forked(job: Callable[[], object], cpu: float) -> tuple[str, Any]:
             answer.write_text(json.dumps(job()), encoding="utf-8")
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 10 * cpu
+    deadline = time.monotonic() + 30 * cpu
     while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)

@@ -67,8 +67,7 @@ def trade_off(high_mu: float, fpr: Array) -> Array:
     """Lower end of the smallest false negative rate, Φ(Φ⁻¹(1 - fpr) - μ)."""
     if math.isinf(high_mu):
         return np.where(fpr > 0, 0.0, 1.0)
-    inside = np.clip(fpr, 1e-300, 1 - 1e-16)
-    quantile = -special.ndtri(inside)
+    quantile = -special.ndtri(np.maximum(fpr, 1e-300))
     # Rounding of the quantile and of the difference, then of the tail.
     slack = 1e-14 * (np.abs(quantile) + 1 + high_mu)
     value = special.ndtr(quantile - high_mu - slack) * (1 - 1e-13)
