@@ -19,8 +19,10 @@ from lora_privacy.dp import (
     SampledGaussian,
     _conversion,
     _gaussian,
+    _grid,
     _hyp1f1,
     _majorant,
+    _solve,
     sampled_gaussian_bounds,
     sampled_gaussian_rdp,
 )
@@ -196,3 +198,48 @@ def test_the_gaussian_profile_of_a_projection() -> None:
         with mp.workdps(30):
             density = mp.npdf(mp.mpf(epsilon) / mp.mpf(mu) - mp.mpf(mu) / 2)
         assert slope == pytest.approx(float(density), rel=1e-9, abs=1e-300)
+
+
+def exact_profile(measure: _grid.Measure, epsilon: mp.mpf) -> mp.mpf:
+    """Σ mass (1 - e^{ε - loss})₊ + infinite of the doubles at hand, without rounding."""
+    total = mp.mpf(measure.infinite)
+    for i, mass in enumerate(measure.masses.tolist()):
+        loss = (measure.first + i) * mp.mpf(measure.step) + mp.mpf(measure.offset)
+        if loss > epsilon:
+            total += mp.mpf(mass) * -mp.expm1(epsilon - loss)
+    return total
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("mu", "p", "step"), [(0.5, 1.0, 0.125), (1.0, 0.1, 0.25), (2.0, 0.9, 0.5), (0.1, 1e-3, 1e-3)]
+)
+def test_measures_where_they_touch_the_profile(
+    mu: float, p: float, step: float, direction: Direction
+) -> None:
+    """That above touches it at the points of the grid, that below between them: rounding decides.
+
+    Points at which a convex function has been put in place of rounded dots lie higher; the others
+    are within 1e-11.
+    """
+    pair, half = SampledPair(mu, p), 24
+    step = _solve._short(step)
+    main = DIRECTIONS.index(direction)
+    source = _solve.sampled_source(pair, pair)
+    above = _grid.above(source.profiles, step, half)[main]
+    below = _grid.below(pair, direction, step, half, 1.0)
+    near = 0
+    with mp.workdps(60):
+        for k in range(-half, half):
+            at = k * mp.mpf(step)
+            true, found = DELTAS[direction](mu, p, at), exact_profile(above, at)
+            assert true <= found
+            near += found <= true * (1 + mp.mpf("1e-11"))
+            for share in (0.25, 0.5, 0.75):
+                at = (k + share) * mp.mpf(step)
+                true = DELTAS[direction](mu, p, at)
+                assert exact_profile(below, at) <= true + mp.mpf("1e-50")
+                assert true <= exact_profile(above, at) + mp.mpf("1e-50")
+        assert sum((mp.mpf(x) for x in above.masses.tolist()), mp.mpf(above.infinite)) >= 1
+        assert sum((mp.mpf(x) for x in below.masses.tolist()), mp.mpf(below.infinite)) <= 1
+    assert near >= half // 2
