@@ -176,8 +176,9 @@ def part_steps(results: Results, rounds: int) -> None:
 
     plan: Plan = {
         "ε by Rényi divergences": ("0", "a count multiplies", epsilon_of(RdpAccountant())),
-        "ε by loss distributions": ("0", "a count is a power of the transform; the grid grows "
-            "with the deviation of the loss", epsilon_of(PldAccountant())),
+        "ε by loss distributions": ("0 to 1/2",
+            "a power of the transform, on a window that widens with √steps; one needs no grid",
+            epsilon_of(PldAccountant())),
     }  # fmt: skip
     grow(results, "steps, all alike", "steps", plan, rounds)
 
