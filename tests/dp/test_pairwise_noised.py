@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import integrate, optimize, stats
 
 from lora_privacy.dp import NoisedProjection, VectorProjection
 
@@ -146,6 +146,69 @@ def test_under_much_noise_the_split_is_the_residual_pair() -> None:
     ratio = float(np.linalg.norm(b) / np.linalg.norm(a))
     pair = VectorProjection(M - 1, 39, cosine, ratio).epsilon(0.8 * 0.9 * 1e-3)
     assert release._split(1e-3)[-1] == pytest.approx((pair.forward, pair.backward), rel=1e-6)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """ε(δ) of N(μ, 1) against N(0, 1), from its profile (Balle & Wang 2018)."""
+
+    def excess(epsilon: float) -> float:
+        below = math.exp(epsilon + stats.norm.logcdf(-mu / 2 - epsilon / mu))
+        return float(stats.norm.cdf(mu / 2 - epsilon / mu) - below - delta)
+
+    return optimize.brentq(excess, 0, mu * (mu + 40), xtol=1e-14) if excess(0) > 0 else 0.0
+
+
+@pytest.mark.parametrize("delta", [0.3, 1e-3, 1e-8])
+@pytest.mark.parametrize(("m", "rank"), [(5, 4), (40, 9), (1, 3)])
+def test_revealing_pays_for_both_quantiles(m: int, rank: int, delta: float) -> None:
+    """Oracle: section 4 of the page. δ/20 for each quantile, the rest for the noise."""
+    rng = np.random.default_rng(27)
+    v, change, noise = rng.standard_normal((m, 2)), rng.standard_normal(m), 3.0
+    radial = stats.chi2.isf(delta / 20, rank) / rank
+    across = stats.chi2.isf(delta / 20, m - 1) / rank if m > 1 else 0.0
+    shift = np.linalg.norm(change) * math.sqrt(radial * (radial + across))
+    expected = gaussian_epsilon(shift / noise, 0.9 * delta)
+    found = NoisedProjection(v, changed(v, change), rank, noise)._revealed(delta)
+    assert found == pytest.approx((expected, expected), rel=1e-7, abs=0)
+    assert found[0] >= expected
+
+
+@pytest.mark.parametrize("delta", [0.3, 1e-3])
+@pytest.mark.parametrize(("m", "n", "rank", "noise"), [(30, 3, 50, 0.5), (6, 3, 5, 2.0)])
+def test_the_split_pays_for_all_of_its_parts(
+    m: int, n: int, rank: int, noise: float, delta: float
+) -> None:
+    """Oracle: section 4 of the page. δ/40 for each of four events, .9 δ for both mechanisms.
+
+    The residual vectors by least squares, the norm ‖F‖ ‖FΔ‖ by Davidson and Szarek.
+    """
+    rng = np.random.default_rng(28)
+    v, change, k = rng.standard_normal((m, n)), 0.2 * rng.standard_normal(m), n - 1
+    others = v[:, 1:]
+
+    def residual(x: np.ndarray) -> np.ndarray:
+        return x - others @ np.linalg.lstsq(others, x, rcond=None)[0]
+
+    part = 0.1 * delta / 4
+    t = math.sqrt(2 * math.log(1 / part))
+    spread = math.hypot(
+        1 + (math.sqrt(k) + t) / math.sqrt(rank),
+        (math.sqrt(k) + math.sqrt(m - k) + t) / math.sqrt(rank),
+    )
+    length = np.linalg.norm(change - residual(change)) * math.sqrt(
+        stats.chi2.isf(part, rank) / rank
+    )
+    length += np.linalg.norm(residual(change)) * math.sqrt(stats.chi2.isf(part, k) / rank)
+    a, b = residual(v[:, 0]), residual(v[:, 0] + change)
+    one, two = np.linalg.norm(a), np.linalg.norm(b)
+    pair = VectorProjection(m - k, rank - k, float(a @ b / one / two), float(two / one))
+    expected = []
+    for share in (0.02, 0.2, 0.5, 0.8):
+        hidden = pair.epsilon(share * 0.9 * delta)
+        seen = gaussian_epsilon(spread * length / noise, (1 - share) * 0.9 * delta)
+        expected.append((hidden.forward + seen, hidden.backward + seen))
+    found = NoisedProjection(v, changed(v, change), rank, noise)._split(delta)
+    assert np.array(found) == pytest.approx(np.array(expected), rel=1e-6, abs=0)
 
 
 def test_equal_matrices_cost_nothing() -> None:
