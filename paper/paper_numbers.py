@@ -191,19 +191,27 @@ def denoising() -> dict[str, str]:
     """P3: the cosine that gains most at one step, and what that gives in training."""
     found = _json("p3-denoising")["summary"]
     best = max(found["cosines"], key=lambda row: row["gains"]["frobenius"]["mean"])["found"]
-    # Fewer steps are a gain, and a smaller accuracy a loss: each interval as a gain.
-    gains = [
-        (-gap["high"], -gap["low"]) if measure.startswith("steps") else (gap["low"], gap["high"])
-        for arm in found["arms"]
-        for measure, gap in arm["differences"].items()
-    ]
+    gains, again = (
+        _gains(_json(name)["summary"]["arms"]) for name in ("p3-denoising", "p3-denoising-again")
+    )
+    outside = sum(low * high > 0 for low, high in again)
     return {
         "noised cosine": f"{best['none']:.3f}",
         "restored cosine": f"{best['frobenius']:.3f}",
         "arm intervals": f"{len(gains)}",
         "arm losses": f"{sum(high < 0 for _, high in gains)}",
         "arm gains": f"{sum(low > 0 for low, _ in gains)}",
+        "rerun outside": f"{outside or 'none'}",
     }
+
+
+def _gains(arms: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Each interval of a difference as a gain: fewer steps are one, and more accuracy."""
+    return [
+        (-gap["high"], -gap["low"]) if measure.startswith("steps") else (gap["low"], gap["high"])
+        for arm in arms
+        for measure, gap in arm["differences"].items()
+    ]
 
 
 SOURCES: tuple[Callable[[], dict[str, str]], ...] = (

@@ -74,11 +74,60 @@ def test_pages_hold_their_raw_results(name: str, script: Script) -> None:
     raw = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     page = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     tables = script(name.replace("-", "_")).tables(raw)
+    again = RESULTS / f"{name}-again.json"
+    if again.exists():
+        raw |= {"second run": json.loads(again.read_text(encoding="utf-8"))}
     assert len(tables) >= 3
     for title, table in tables.items():
         assert f"<!-- table: {title} -->\n\n{table}\n" in page
     assert unexplained(page, raw) == []
     assert unexplained(page + "\n| 1234.56 |", raw) == ["1234.56"]
+
+
+def test_second_run_of_the_accuracies() -> None:
+    """The page's table and counts of the rerun, from the accuracies of both by t intervals."""
+    page = (RESULTS / "p2-accuracy.md").read_text(encoding="utf-8")
+    runs = [
+        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["tasks"]
+        for name in ("p2-accuracy", "p2-accuracy-again")
+    ]
+    cells = [
+        {(t, c["method"], c["rank"], c["epsilon"]): c for t in run for c in run[t]["cells"]}
+        for run in runs
+    ]
+    part = page.split("## A second run")[1].split("\n## ")[0]
+    rows = rows_of("\n".join(line for line in part.splitlines() if line[:1] == "|"))[1:]
+    assert len(rows) == 18
+    below, above = [0, 0], [0, 0]
+    for data, epsilon, rank, *shown in rows:
+        for i, text in enumerate(shown):
+            task = data.lower().replace("-", "")
+            fresh, plain = (
+                np.array(cells[i][task, method, r, float(epsilon)]["accuracies"])
+                for method, r in (("dp-flora", int(rank)), ("dp-sgd", None))
+            )
+            test = stats.ttest_ind(fresh, plain, equal_var=False)
+            low, high = test.confidence_interval(0.95)
+            gap, half = (float(x.replace("−", "-")) for x in text.split(" ± "))
+            assert gap == pytest.approx(fresh.mean() - plain.mean(), abs=0.0501)
+            assert half == pytest.approx((high - low) / 2, abs=0.0501)
+            below[i] += high < 0
+            above[i] += low > 0
+    assert (below, above) == ([7, 4], [2, 1])
+    private = [key for key in cells[0] if key[3] is not None]
+    same = [
+        key
+        for key in private
+        if all(cells[0][key][k] == cells[1][key][k] for k in ("rate", "clip"))
+    ]
+    moved = [
+        key
+        for key in private
+        if abs(cells[0][key]["mean"] - cells[1][key]["mean"])
+        > math.hypot(cells[0][key]["half"], cells[1][key]["half"])
+    ]
+    assert (len(private), len(same), len(moved)) == (42, 14, 8)
+    assert not set(same) & set(moved)
 
 
 def test_accuracies_of_made_up_records(

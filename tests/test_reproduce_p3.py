@@ -391,3 +391,41 @@ def test_noisy_law_against_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     edge = math.sqrt(n) + math.sqrt(m)
     assert np.abs(noisy_law(values, (m, n)) - expected).max() < 0.03 * edge
     assert np.abs(noisy_law(0 * values, (m, n)) - expected).max() > 0.1 * edge
+
+
+def test_second_run_has_no_interval_that_excludes_0() -> None:
+    """Each interval of the rerun anew from its runs; and those that the page quotes of it."""
+    again = json.loads(RESULTS.with_name("p3-denoising-again.json").read_text(encoding="utf-8"))
+    by_cell: dict[tuple[float, str, str], dict[int, dict[str, Any]]] = {}
+    for run in again["runs"]:
+        key = run["key"]
+        cell = (key["epsilon"], key["method"], key["shrinker"])
+        by_cell.setdefault(cell, {})[key["seed"]] = run
+    measures: dict[str, Callable[[dict[str, Any]], float]] = {
+        "mean": lambda r: statistics.fmean(p["accuracy"] for p in r["curve"][1:]),
+        "final": lambda r: statistics.fmean(p["accuracy"] for p in r["curve"][-3:]),
+        "dev": lambda r: r["dev"]["accuracy"],
+    }
+    shown, count = {}, 0
+    for (epsilon, method, shrinker), own in by_cell.items():
+        if shrinker == "none":
+            continue
+        plain = by_cell[epsilon, method, "none"]
+        goal = statistics.fmean(measures["final"](r) for r in plain.values())
+        steps = {
+            f"steps {share}": lambda r, share=share, goal=goal: steps_to(r["curve"], share * goal)
+            for share in (0.9, 0.95)
+        }
+        for name, measure in (steps | measures).items():
+            gaps = [measure(own[s]) - measure(plain[s]) for s in sorted(own)]
+            error = statistics.stdev(gaps) / math.sqrt(3)
+            mean, half = statistics.fmean(gaps), 4.30265273 * error  # t of 2 degrees of freedom
+            assert abs(mean) <= half
+            count += 1
+            shown[epsilon, method, shrinker, name] = mean, half
+    assert count == 35
+    page = RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    for cell in ((8.0, "dp-lora", "frobenius", "dev"), (1.0, "dp-lora", "frobenius", "final")):
+        mean, half = (100 * part for part in shown[cell])
+        text = f"{mean:+.1f} [{mean - half:.1f}, {mean + half:.1f}]".replace("-", "−")
+        assert text in page
