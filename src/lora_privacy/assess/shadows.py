@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -164,11 +165,14 @@ def complete_shadows(
     had = len(done[0].seeds) if done else 0
     files = [folder / _FINISHED / f"{i:05d}.npz" for i in range(count)]
     missing = [i for i in range(had, count) if not files[i].exists()]
-    # The next is handed out when one is finished, so that the bar is right but for n_jobs.
-    joblib.Parallel(n_jobs=n_jobs, pre_dispatch="n_jobs")(
-        joblib.delayed(_train_one)(fit, seed, i, files[i], fingerprint)
-        for i in tqdm(missing, desc="shadows", unit="shadow", disable=not missing)
-    )
+    with warnings.catch_warnings():
+        # joblib replaces a worker whose memory has grown, and warns; no shadow is lost by it.
+        warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
+        # The next is handed out when one is finished, so that the bar is right but for n_jobs.
+        joblib.Parallel(n_jobs=n_jobs, pre_dispatch="n_jobs")(
+            joblib.delayed(_train_one)(fit, seed, i, files[i], fingerprint)
+            for i in tqdm(missing, desc="shadows", unit="shadow", disable=not missing)
+        )
     shadows = _join([*done, *map(Shadows.load, files[had:])], folder, seed, fingerprint)
     if had < count:
         shadows.save(joined)
