@@ -152,15 +152,20 @@ def _pins(name: str) -> dict[str, Version]:
     }
 
 
-@pytest.mark.parametrize("file", ["constraints.txt"])
-def test_the_tested_versions_are_allowed_and_complete(file: str) -> None:
-    pins = _pins(file)
+def test_the_tested_versions_are_allowed_and_complete() -> None:
+    pins = _pins("constraints.txt")
     extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
     for line in [*PROJECT["dependencies"], *extras]:
         need = Requirement(line)
         if need.name == "datasets":  # 250 MB with what it needs: its tests use a stand-in
             continue
         assert pins[need.name.lower()] in need.specifier, need
+
+
+def test_the_lowest_versions_stated_are_the_lowest_tested() -> None:
+    needs = [Requirement(line) for line in PROJECT["dependencies"]]
+    stated = {need.name: Version(str(need.specifier).removeprefix(">=")) for need in needs}
+    assert _pins("constraints-lowest.txt") == stated
 
 
 def test_each_python_that_is_named_is_allowed() -> None:
@@ -172,3 +177,5 @@ def test_each_python_that_is_named_is_allowed() -> None:
     assert len(named) >= 3
     least = Version(PROJECT["requires-python"].removeprefix(">="))
     assert min(map(Version, named)) == least
+    table = (ROOT / "docs" / "install.md").read_text("utf-8")
+    assert all(f"| {version} |" in table for version in named)
