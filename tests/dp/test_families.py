@@ -51,6 +51,7 @@ def test_a_cell_lies_above_each_of_its_pairs(
         (20, 3, (0.3, 0.4), (0.9, 1.1), 1.0),
         (5, 30, (0.2, 0.3), (0.95, 1.05), 2.0),
         (30, 12, (0.0, 0.3), (1.1, 1.2), 6.0),
+        (200, 2, (0.0, 0.8), (1.0, 1.0), 0.5),
     ],
 )
 def test_a_cell_lies_above_the_largest_of_its_losses(
@@ -67,7 +68,7 @@ def test_a_cell_lies_above_the_largest_of_its_losses(
     largest = np.full(20_000, -math.inf)
     for angle in np.linspace(*angles, 21):
         g = math.cos(angle) + math.sin(angle) * tangent
-        for nu in np.linspace(*ratios, 21):
+        for nu in np.unique(np.linspace(*ratios, 21)):
             ratio = np.where(g > 0, nu * g, 1.0)
             loss = (
                 (r - 1) * math.log(nu) + (m + 1 - r) / 2 * np.log(ratio) + q / 2 * (1 / ratio - 1)
