@@ -83,7 +83,9 @@ def unit(row: Row) -> str:
 
 
 def what(row: Row) -> str:
-    return row.name if row.peer is None else f"{row.name}, over {row.peer}"
+    if row.peer is None:
+        return row.name
+    return f"{row.name}, {'against' if row.unit == 'faster' else 'over'} {row.peer}"
 
 
 def tables(results: Results) -> str:
@@ -92,7 +94,8 @@ def tables(results: Results) -> str:
     for part in dict.fromkeys(row.part for row in results.rows):
         rows = [row for row in results.rows if row.part == part]
         rows.sort(key=lambda row: (row.target is None, row.peer is None))
-        lines += [f"\n### {part[0].upper()}{part[1:]}\n"]
+        first = part[0].upper() if part[0].isascii() else part[0]  # ε keeps its case
+        lines += [f"\n### {first}{part[1:]}\n"]
         lines += ["| what | median [95 %] | unit | rounds | target | met |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [
