@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="take a new copy of the tree")
     parser.add_argument("--again", action="store_true", help="run survivors on a new copy")
     options = parser.parse_args()
+    RECORDS.parent.mkdir(exist_ok=True)
     lock = RECORDS.with_suffix(".lock").open("w")  # two runs would change each other's source
     fcntl.flock(lock, fcntl.LOCK_EX)
     for name in HEAVY:
