@@ -366,14 +366,14 @@ def no_coins() -> AbstractContextManager[Any]:
 
 
 def the_realised_size_divides() -> AbstractContextManager[Any]:
-    right = PrivateTraining._noised
+    right = PrivateTraining._release
 
-    def noised(training: PrivateTraining, digest: str | None) -> dict[str, Tensor]:
+    def release(training: PrivateTraining) -> dict[str, Tensor]:
         assert training._micro is not None
-        factor = training.expected_batch_size / max(1, training._micro.size)
-        return {path: mean * factor for path, mean in right(training, digest).items()}
+        training._noising._size = float(max(1, training._micro.size))
+        return right(training)
 
-    return mock.patch.object(PrivateTraining, "_noised", noised)
+    return mock.patch.object(PrivateTraining, "_release", release)
 
 
 def size_games(steps: int = 300) -> Played:

@@ -637,7 +637,9 @@ found = trainer(folder, per_device_train_batch_size=15, gradient_accumulation_st
                 privacy={{"noise_multiplier": 1e-30, "max_grad_norm": 0.01}})
 found.train()
 torch.save(flat(found.model), folder / f"weights-{{found.args.process_index}}.pt")
-print(found.private.sample_rate, found.private.step, type(found.model_wrapped).__name__)
+kind = type(found.model_wrapped).__name__
+text = f"{{found.private.sample_rate}} {{found.private.step}} {{kind}}"
+(folder / f"said-{{found.args.process_index}}.txt").write_text(text)
 """
 
 
@@ -651,7 +653,8 @@ def test_two_processes_under_torchrun_train_as_one(tmp_path: Path) -> None:
         [*command, str(script), str(tmp_path / "two")], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1.0 3 PeftModel") == 2
+    said = [(tmp_path / "two" / f"said-{rank}.txt").read_text() for rank in (0, 1)]
+    assert said == ["1.0 3 PeftModel"] * 2
     alone = trainer(
         tmp_path / "one", per_device_train_batch_size=30, gradient_accumulation_steps=1,
         max_steps=3, privacy={"noise_multiplier": NONE, "max_grad_norm": 0.01},

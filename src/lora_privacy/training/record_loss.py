@@ -28,8 +28,12 @@ def record_losses(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
     """
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
+    at_least_float = torch.promote_types(logits.dtype, torch.float32)
     each = functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+        logits.to(at_least_float).flatten(0, 1),
+        labels.flatten(),
+        reduction="none",
+        ignore_index=IGNORED,
     ).view_as(labels)
     return each.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
