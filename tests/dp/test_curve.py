@@ -142,6 +142,12 @@ def test_a_history_without_cost_and_one_without_bound() -> None:
     assert PrivacyCurve((vacuous,)).advantage() == 1
 
 
+@pytest.mark.parametrize("adjacency", ["add-remove", "replace"])
+def test_a_curve_says_whose_neighbours_it_is_about(adjacency: str) -> None:
+    """Of one bound too."""
+    assert PrivacyCurve((bound(1.0, 1e-5, adjacency=adjacency),)).adjacency == adjacency
+
+
 def test_bounds_of_different_neighbours_are_not_mixed() -> None:
     """Nor none at all. Different methods are: the better one speaks, and both are named."""
     one = bound(1.0, 1e-5)

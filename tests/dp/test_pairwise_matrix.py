@@ -159,6 +159,14 @@ def test_shapes_and_numbers_are_checked(first: np.ndarray, second: np.ndarray, m
         SketchRelease(first, second, 4)
 
 
+@pytest.mark.parametrize(
+    "shapes", [((3, 2), (3, 4)), ((3, 4), (3, 2)), ((2, 3), (4, 3)), ((4, 3), (2, 3))]
+)
+def test_two_shapes_are_refused_in_either_order(shapes: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match="must have one shape"):
+        matrix_projection(np.ones(shapes[0]), np.ones(shapes[1]), 2, 0.1)
+
+
 def test_other_arguments_are_checked() -> None:
     """δ, rank, tolerance, orders, and gradients that are all zero."""
     with pytest.raises(ValueError, match="delta must lie in"):

@@ -211,6 +211,15 @@ def test_bad_arguments_are_refused(arguments: tuple[float, ...], message: str) -
         EntryNoise(*arguments)
 
 
+def test_a_coordinate_may_exceed_its_norm_by_rounding() -> None:
+    """A norm summed in another order is off by a few last places; ρ stays in [-1, 1]."""
+    for coord in (1.0 + 2e-15, -1.0 - 2e-15):
+        assert EntryNoise(4, 1.0, coord).rho == math.copysign(1.0, coord)
+    for coord in (1.0 + 1e-14, -1.0 - 1e-14):
+        with pytest.raises(ValueError, match="coord must lie in"):
+            EntryNoise(4, 1.0, coord)
+
+
 def test_nan_never_passes() -> None:
     """NaN in x or in a probability raises; a rank that is no integer is a TypeError."""
     law = EntryNoise(2)
