@@ -40,6 +40,18 @@ def test_densities() -> None:
         assert float(law.logpdf(x)) == pytest.approx(float(expected), rel=1e-11, abs=1e-11)
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.3, -0.8])
+def test_densities_at_a_large_rank(rho: float) -> None:
+    """Where terms of the size of the rank combine into a small one, by the same sum; 3e-11."""
+    law = EntryNoise(20_000, 1.0, rho)
+    for z in (-6.1, -2.3, -0.7, 0.4, 1.9, 3.3, 6.7):
+        x = z * law.std()
+        with mp.workdps(60):
+            t = 20_000 * (mp.mpf(x) + mp.mpf(rho))
+            expected = mp.log(20_000) + log_bessel_density(20_000, mp.mpf(rho), t)
+        assert float(law.logpdf(x)) == pytest.approx(float(expected), rel=0, abs=3e-11)
+
+
 def test_tails() -> None:
     """Both of them, relative, by the finite sum of even ranks at 400 digits."""
     for rank, rho, z in laws(np.random.default_rng(2), POINTS // 2):
