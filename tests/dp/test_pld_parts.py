@@ -223,6 +223,25 @@ def test_rounding_of_the_transform_is_paid_for(monkeypatch: pytest.MonkeyPatch) 
     assert misses(upper=False) > 0
 
 
+def test_a_curve_at_the_ends_of_its_window() -> None:
+    """Beyond its last point an upper curve proves nothing, and a lower one that ε is larger."""
+    deltas = np.array([0.5, 0.3, 0.1])
+    upper, lower = (_fourier.Curve(0.25, 4, deltas, side, 0.5) for side in (True, False))
+    assert upper.epsilon(0.05) == math.inf
+    assert lower.epsilon(0.05) == pytest.approx(2.0, rel=1e-12)
+    assert lower.epsilon(0.05) <= 2.0
+    assert upper.epsilon(0.6) == pytest.approx(1.5, rel=1e-12)
+    assert lower.epsilon(0.6) == 0.0
+    for delta, left, right in ((0.4, 1.5, 1.75), (0.2, 1.75, 2.0)):
+        between = math.log((math.exp(left) + math.exp(right)) / 2)  # lines in e^ε
+        assert lower.epsilon(delta) <= between <= upper.epsilon(delta)
+        assert lower.epsilon(delta) == pytest.approx(upper.epsilon(delta), rel=1e-12)
+    assert upper.delta(0.0) == 1.0
+    assert lower.delta(0.0) == 0.5
+    assert upper.delta(9.0) == 0.1
+    assert lower.delta(9.0) == 0.0
+
+
 def test_equal_events_are_raised_to_a_power() -> None:
     """Ten of one kind equal ten kinds of one; 1e-9 relative at one ε, and another count is not."""
     part = parts_of(2**-6, upper=True)[0][0]
