@@ -121,6 +121,14 @@ def test_a_curve_from_grids_lies_on_the_safe_side_of_a_peer() -> None:
     assert curve.bounds[-1] == accountant.epsilon(1e-10)
 
 
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.1, 1e-5), (1.0, 0.05), (3.0, 0.0), (8.0, 0.3)])
+def test_the_advantage_of_one_bound(epsilon: float, delta: float) -> None:
+    """Where its two lines meet at equal errors: (e^ε - 1 + 2δ)/(e^ε + 1)."""
+    found = PrivacyCurve((bound(epsilon, delta or 1e-300),)).advantage()
+    expected = (math.expm1(epsilon) + 2 * delta) / (math.exp(epsilon) + 1)
+    assert expected <= found <= expected * (1 + 1e-13)
+
+
 @pytest.mark.parametrize("event", [SampledGaussian(1.0, 0.1), SampledGaussian(5.0, 0.5)])
 def test_a_long_curve_has_no_sag(event: SampledGaussian) -> None:
     """Down to 1e-40 no δ is more than a quarter above its certified lower end."""
