@@ -5,6 +5,7 @@ Named arrays and JSON are read back without pickle.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -46,7 +47,8 @@ _DAMAGE = (
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data``."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    # Two processes may write the same file: each has a temporary one of its own.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
@@ -94,11 +96,9 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Write an ``.npz``."""
-    # Two processes may write the same file: each has a temporary one of its own.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_bytes(path, file.getvalue())
 
 
 def _open(path: Path, read: Any) -> Any:  # noqa: ANN401 - whatever ``read`` returns
