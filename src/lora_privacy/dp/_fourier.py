@@ -43,7 +43,7 @@ MAX_WINDOW = 1 << 20
 _STAGE = 5.0
 _SPREADS = np.array([1.0, 2.0, 4.0, 6.0, 8.0, 12.0])  # tilts tried for the tails, in 1/deviation
 _TAIL = 1e-9  # mass left outside the window, in the tilted law
-_LADDER: Array = np.exp2(np.arange(-30, 61) / 2.0)  # tilts tried for the best one
+_LADDER: Array = np.exp2(np.arange(-30, 61) / 2.0)  # tilts tried for the best: 2^-15 … 2^30
 _BLOCK = 1 << 21  # elements of one work array
 _TINY = 1e-300  # covers underflow
 _CAP = 650.0  # exponents beyond it are not needed: δ is 1 there
@@ -73,10 +73,10 @@ class Curve:
             within = self.deltas <= delta
             if not within[-1]:
                 return math.inf
-            # The last run of allowed points; the curve falls, so it is also the first.
-            k = len(within) - int(np.argmin(within[::-1])) if not within.all() else 0
-            if k == 0:
+            if within.all():
                 return max(0.0, self._at(0))
+            # The last run of allowed points; the curve falls, so it is also the first.
+            k = len(within) - int(np.argmin(within[::-1]))
             return max(0.0, self._cross(k - 1, delta) * (1 + 4 * _EPS) + self._slack())
         beyond = np.flatnonzero(self.deltas > delta)
         if not beyond.size:
@@ -98,7 +98,7 @@ class Curve:
         margin = 1e-9 + 8 * _EPS * (abs(self.shift) + epsilon) / self.step
         share = share - margin if self.upper else share + margin
         left, right = float(self.deltas[k]), float(self.deltas[k + 1])
-        return max(0.0, min(1.0, left + min(1.0, max(0.0, share)) * (right - left)))
+        return left + min(1.0, max(0.0, share)) * (right - left)
 
     def points(self) -> tuple[Array, Array]:
         """ε >= 0 of the grid points, and their δ."""
@@ -155,7 +155,7 @@ def offsets(parts: Sequence[Part]) -> float:
 
 def deviation(parts: Sequence[Part]) -> float:
     """Standard deviation of the sum of the finite losses."""
-    return math.sqrt(sum(count * _centre(part, 0.0)[1] for part, count in parts))
+    return math.sqrt(sum(count * _variance(part, 0.0) for part, count in parts))
 
 
 def coarser_gain(parts: Sequence[Part], tilt: float) -> float:
@@ -244,6 +244,7 @@ def compose(parts: Sequence[Part], tilt: float, *, upper: bool) -> Curve | None:
     masses = np.roll(np.fft.irfft(spectrum, size), -first % size)
     reach = tilt * step * max(abs(first), abs(last))
     relative = drift + _EPS * (8 * size + 4 * (abs(log_scale) + reach) + 2 * _CAP)
+    factor = math.exp(min(relative, 700.0))
 
     # Back from the tilted law; points with δ = 1 anyway are left out.
     log_weight = log_scale - tilt * step * np.arange(first, last + 1, dtype=np.float64)
@@ -254,13 +255,11 @@ def compose(parts: Sequence[Part], tilt: float, *, upper: bool) -> Curve | None:
     if upper:
         apart = infinite_mass(parts)
         beyond = math.exp(min(0.0, log_scale - tilt * step * last + log_right))
-        deltas = np.where(
-            kept, deltas * math.exp(min(relative, 700.0)) + (beyond + apart + _TINY), 1.0
-        )
+        deltas = np.where(kept, deltas * factor + (beyond + apart + _TINY), 1.0)
     else:
         # e^{-tilt·y} (1 - e^{-y}) is largest at e^-y = tilt / (1 + tilt).
         wrapped = np.exp(np.minimum(log_weight + _log_peak(np.array([tilt])) + log_outside, _CAP))
-        deltas = deltas * math.exp(-min(relative, 700.0)) - 1.01 * wrapped
+        deltas = deltas / factor - 1.01 * wrapped
     deltas = np.clip(deltas, 0.0, 1.0)
     return Curve(step, first, deltas, upper, offsets(parts))
 
@@ -290,13 +289,13 @@ def _log_peak(tilts: Array) -> Array:
     return -np.log1p(tilts) - tilts * np.log1p(1 / safe)
 
 
-def _centre(part: Measure, tilt: float) -> tuple[float, float]:
-    """Mean and variance of the tilted loss, offset left out."""
+def _variance(part: Measure, tilt: float) -> float:
+    """Variance of the tilted loss."""
     losses = part.step * np.arange(part.first, part.last + 1)
     weights = part.masses * np.exp(np.minimum(tilt * losses, _CAP))
     mass = max(float(weights.sum()), 1e-300)
     mean = float(weights @ losses) / mass
-    return mean, float(weights @ np.square(losses - mean)) / mass
+    return float(weights @ np.square(losses - mean)) / mass
 
 
 def _window(parts: Sequence[Part], tilt: float) -> tuple[int, int, float, float] | None:
@@ -305,10 +304,7 @@ def _window(parts: Sequence[Part], tilt: float) -> tuple[int, int, float, float]
     Chernoff: P[S >= s] <= e^{Λ(λ+θ) - Λ(λ) - θs} for θ > 0, in the law tilted by λ.
     """
     step = parts[0][0].step
-    mean = variance = 0.0
-    for part, count in parts:
-        centre = _centre(part, tilt)
-        mean, variance = mean + count * centre[0], variance + count * centre[1]
+    variance = sum(count * _variance(part, tilt) for part, count in parts)
     theta = _SPREADS / max(math.sqrt(variance), step)
     tilts = np.concatenate([[tilt], tilt + theta, tilt - theta])
     moments = log_moments(parts, tilts)
@@ -324,16 +320,14 @@ def _window(parts: Sequence[Part], tilt: float) -> tuple[int, int, float, float]
     low = float(np.max(-(left + goal) / theta))
     if not (math.isfinite(high) and math.isfinite(low)):
         return None
-    high, low = max(high, mean + step), min(low, mean - step)
     first = math.floor(low / step) - 1
     needed = math.ceil(high / step) + 2 - first
     if needed > MAX_WINDOW:
         return None
     size = 1 << max(4, (needed - 1).bit_length())
-    if size >= 16 and needed <= 3 * size // 4:
+    if needed <= 3 * size // 4:
         size = 3 * size // 4
     last = first + size - 1
     log_right = float(np.min(right - theta * (last + 1) * step))
     log_left = float(np.min(left + theta * (first - 1) * step))
-    log_right, log_left = min(log_right, 0.0), min(log_left, 0.0)
     return first, size, float(np.logaddexp(log_right, log_left)), log_right

@@ -163,21 +163,19 @@ def _addition(rate: float, step: float, half: int) -> Cells:
     Q(E) - e^ε P(E) = e^ε w(ε) [P₀(E) - p/w(ε) · P₁(E)], w(ε) = e^-ε - (1-p), and by reflection
     P₀ and P₁ may be swapped. Cells that end beyond the largest loss, where w = 0, are left out.
     """
-    t = np.minimum(0.5 * step * np.arange(2 * half + 1), 40.0)
-    w = rate * (1 - 4 * _EPS) + np.expm1(-t)
+    w = rate * (1 - 4 * _EPS) + np.expm1(-0.5 * step * np.arange(2 * half + 1))
     count = int(np.count_nonzero(w > 0))
     w = np.where(w > 0, w, rate)
     tau = -np.log(w / rate)
     # A line is 0, from the empty test, where it would leave the range of losses.
     out = np.arange(half) >= (count - 1) // 2
     node, middle = w[::2], w[1::2]
-    tau_middle, tau_end = (np.where(out, 0.0, part) for part in (tau[1::2], tau[2::2]))
     blocked = np.where(out, np.nan, 1.0)
     return (
-        tau_middle,
+        tau[1::2],
         middle / node[:-1],
         middle / node[1:] * blocked,
-        tau_end,
+        tau[2::2],
         node[1:] / node[:-1] * blocked,
     )
 
