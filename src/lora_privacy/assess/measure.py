@@ -136,7 +136,7 @@ class NoiseMeter:
         self._predicted = dict.fromkeys(adapters, 0.0)
         self._squared_norm = dict.fromkeys(adapters, 0.0)
         self._last: dict[str, Array] = {}
-        self.steps = 0
+        self.steps: int = 0
 
     def add(self, records: Mapping[str, GradientRecord]) -> None:
         """Take the records of one step; they are read now and not kept."""

@@ -43,7 +43,7 @@ class Noising:
     ) -> None:
         self._parameters, self._fresh, self._denoiser = parameters, fresh, denoiser
         self._size = expected_batch_size
-        self.profiled = self._records_before()
+        self.profiled: bool = self._records_before()
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Of what is released of a parameter: (out, rank) for dp-flora."""

@@ -164,7 +164,7 @@ class Trial:
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
         cuda = any(p.is_cuda for p in model.parameters())
         tensor_float = cuda and torch.get_float32_matmul_precision() != "highest"
-        self.limits = HALF if half or tensor_float else FLOAT32
+        self.limits: Limits = HALF if half or tensor_float else FLOAT32
 
     def run(self, batch: object, size: int, *, training: bool = False) -> dict[str, LayerTap]:
         """Per-sample gradients of a batch of ``size`` records, by path of the layer.
