@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import mpmath as mp
 import numpy as np
 import pytest
+from pld_oracle import cdf
 
-from lora_privacy.dp import _fourier
+from lora_privacy.dp import _fourier, _profiles, _replaced
 from lora_privacy.dp._fourier import Curve
 from lora_privacy.dp._grid import Measure
+from lora_privacy.dp._profiles import SampledPair
+from lora_privacy.dp._replaced import ReplacedPair
 
 Parts = Sequence[tuple[Measure, int]]
 UNIT = 1e-3
@@ -148,22 +151,24 @@ def test_moments_of_all_parts(parts: Parts) -> None:
     assert _fourier.log_moments(gap, np.array([500.0, 0.0])).tolist() == [math.inf, 0.0]
 
 
-@pytest.mark.parametrize(("block", "calls"), [(21, 1), (20, 4), (7, 4), (1, 4)])
+@pytest.mark.parametrize(
+    ("tilts", "block", "calls"),
+    [(3, 21, 1), (3, 20, 4), (3, 1, 4), (2, 14, 1), (2, 13, 3), (1, 6, 1)],
+)
 def test_moments_are_taken_in_blocks_of_memory(
-    block: int, calls: int, monkeypatch: pytest.MonkeyPatch
+    tilts: int, block: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tilts of seven losses are 21 numbers: they fit, or each tilt is taken alone."""
     asked, inner = [], _fourier.log_moments
 
-    def counted(parts: Parts, tilts: np.ndarray) -> np.ndarray:
-        asked.append(len(tilts))
-        return inner(parts, tilts)
+    def counted(parts: Parts, some: np.ndarray) -> np.ndarray:
+        asked.append(len(some))
+        return inner(parts, some)
 
     monkeypatch.setattr(_fourier, "_BLOCK", block)
     monkeypatch.setattr(_fourier, "log_moments", counted)
-    tilts = np.array([0.0, 1.0, 2.0])
-    expected = [log_moment(PARTS, tilt) for tilt in tilts.tolist()]
-    found = _fourier.log_moments(PARTS, tilts)
+    found = _fourier.log_moments(PARTS, np.arange(float(tilts)))
+    expected = [log_moment(PARTS, tilt) for tilt in range(tilts)]
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-14)
     assert len(asked) == calls
 
@@ -442,3 +447,228 @@ def test_an_error_beyond_double_precision_leaves_nothing_proved(
     monkeypatch.setattr(_fourier, "_CAP", 1e9)  # a factor of e^2000
     assert _fourier.compose(PARTS, 0.5, upper=True).deltas[:-1].min() == 1.0
     assert _fourier.compose(PARTS, 0.5, upper=False).deltas.max() == 0.0
+
+
+# --- profiles of one release
+
+
+def tails(tau: float, mu: float) -> tuple[mp.mpf, mp.mpf, mp.mpf]:
+    """Φ(-a), e^τ Φ(-b) and φ(a), a = τ/μ - μ/2 and b = a + μ."""
+    with mp.workdps(40):
+        a = mp.mpf(tau) / mp.mpf(mu) - mp.mpf(mu) / 2
+        return cdf(-a), mp.exp(tau) * cdf(-a - mp.mpf(mu)), mp.npdf(a)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("mu", [0.3, 1.0, 4.0])
+def test_a_difference_of_tails_is_moved_by_its_rounding(
+    mu: float, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice sixteen units and four more for a tail, four of the exponent τ for the second.
+
+    A place off by eight units of |τ|/μ + μ moves tails by the density. Beyond a = -1 it moves
+    φ(a), a factor of both, by |a| as much; before, the tails themselves.
+    """
+    monkeypatch.setattr(_profiles, "_EPS", UNIT)
+    monkeypatch.setattr(_profiles, "_TINY", 1e-3)
+    ratios = (0.4, 1.0, 1.3)
+    tau = mu * np.array([-3.0, -1.6, -0.7, 0.0, 0.3, 1.0, 2.5, 6.0]) + mu * mu / 2
+    found = SampledPair(mu, 0.5)._differences(tau, tuple(np.array([r]) for r in ratios), sign)
+    for k, at in enumerate(tau.tolist()):
+        first, second, density = tails(at, mu)
+        a, spread = at / mu - mu / 2, abs(at) / mu + mu
+        for ratio, values in zip(ratios, found, strict=True):
+            other = ratio * second
+            error = (2 * 16 + 4) * (first + other) + 4 * abs(at) * other
+            error += 8 * spread * density * (1 + ratio)
+            error += 8 * spread * abs(a) * (abs(first - other) if a > -1 else first + other)
+            expected = float(first - other + sign * (UNIT * error + mp.mpf(1e-3)))
+            assert values[k] == pytest.approx(expected, rel=1e-11, abs=1e-14)
+
+
+def test_lines_are_rounded_down_and_the_gaussian_both_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Far out, where both tails underflow, 1e-300 is all that is left."""
+    monkeypatch.setattr(_profiles, "_EPS", 0.0)
+    pair, far = SampledPair(1.0, 1.0), np.array([200.0])
+    assert pair.upper("remove", far).tolist() == [1e-300]
+    assert pair.lower("remove", far).tolist() == [0.0]
+    assert pair.lines(far, (np.ones(1),))[0].tolist() == [-1e-300]
+
+
+def gaussian(tau: float, mu: float) -> float:
+    """δ of N(μ, 1) against N(0, 1)."""
+    first, second, _ = tails(tau, mu)
+    return float(first - second)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("mu", "p"), [(0.5, 0.3), (2.0, 0.8), (1.0, 0.01)])
+def test_a_sampled_profile_is_moved_by_the_rounding_of_its_factors(
+    mu: float, p: float, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four units of p under remove. Under add four of p in w, which ends the loss, and eight.
+
+    The Gaussian inside is put in exactly here.
+    """
+    monkeypatch.setattr(_profiles, "_EPS", UNIT)
+    monkeypatch.setattr(_profiles, "_TINY", 1e-6)
+    exact = np.vectorize(lambda tau: gaussian(tau, mu))
+    monkeypatch.setattr(SampledPair, "_gaussian", lambda _self, tau, _sign: exact(tau))
+    pair, last = SampledPair(mu, p), -math.log1p(-p)
+    for epsilon in (0.0, 0.003, 0.3, 0.999, 1.0, 1.001, 3.0):
+        found = pair._profile("remove", np.array([epsilon]), sign)[0]
+        value = p * (1 + 4 * sign * UNIT) * gaussian(math.log1p(math.expm1(epsilon) / p), mu)
+        assert found == pytest.approx(value + sign * 1e-6, rel=1e-10, abs=0)
+    epsilons = [share * last for share in (0.0, 0.1, 0.4, 0.6, 0.9, 0.999, 1.0, 1.001, 1.01, 3.0)]
+    for epsilon in [*epsilons, 39.9, 60.0, 800.0]:
+        found = pair._profile("add", np.array([epsilon]), sign)[0]
+        w = p * (1 + 4 * sign * UNIT) + math.expm1(-epsilon)
+        if w <= 0:
+            assert found == 0.0
+            continue
+        share = math.expm1(-epsilon) / p
+        # While 1/2 of w is left its logarithm is that of the exact w; then that of the rounded.
+        tau = -math.log1p(share) if share > -0.5 else max(0.0, -math.log(w / p))
+        value = math.exp(epsilon) * w * gaussian(tau, mu) * (1 + 8 * sign * UNIT)
+        assert found == pytest.approx(value + sign * 1e-6, rel=1e-9, abs=0)
+
+
+def test_the_ratio_of_mills() -> None:
+    x = np.array([-1.0, 0.0, 0.5, 3.0, 40.0])
+    with mp.workdps(30):
+        expected = [float(cdf(-mp.mpf(v)) / mp.npdf(mp.mpf(v))) for v in x.tolist()]
+    assert _profiles.mills(x) == pytest.approx(expected, rel=1e-14, abs=0)
+
+
+def rest(p: float, epsilon: float) -> mp.mpf:
+    """The logarithm of d = (e^ε - 1)(1 - p)/p."""
+    return mp.log(mp.expm1(mp.mpf(epsilon)) * (1 - mp.mpf(p)) / mp.mpf(p))
+
+
+def half_log(mu: float, p: float, epsilon: float) -> mp.mpf:
+    """The v with sinh v = d e^{μ²/2 - ε/2}/2."""
+    return mp.asinh(mp.exp(rest(p, epsilon) + (mp.mpf(mu) ** 2 - mp.mpf(epsilon)) / 2) / 2)
+
+
+EXCHANGES = [(0.3, 0.3), (1.0, 0.01), (2.5, 0.9), (8.0, 1e-6)]
+
+
+@pytest.mark.parametrize(("mu", "p"), EXCHANGES)
+def test_the_best_test_of_an_exchange(mu: float, p: float) -> None:
+    """Its v and log d, to some units; d is 1 at ε = log 2 where p = 1/2."""
+    epsilons = np.array([1e-12, 1e-3, 0.4, math.log(2), 0.999, 1.0, 3.0, 30.0, 300.0])
+    with mp.workdps(60):
+        logs = [float(rest(p, epsilon)) for epsilon in epsilons.tolist()]
+        halves = [float(half_log(mu, p, epsilon)) for epsilon in epsilons.tolist()]
+    assert _replaced._log_rest(p, epsilons) == pytest.approx(logs, rel=1e-14, abs=1e-15)
+    assert _replaced._half_log(mu, p, epsilons) == pytest.approx(halves, rel=1e-13, abs=0)
+    assert _replaced._log_rest(p, np.zeros(1)).tolist() == [-math.inf]
+    assert _replaced._half_log(mu, p, np.zeros(1)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("mu", "p"), EXCHANGES)
+def test_a_split_is_moved_by_the_rounding_of_its_parts(
+    mu: float, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares up by eight units, ε down by four; log(d/(1-w)) down by sixteen of its parts.
+
+    Below ε = 1 it is the logarithm of a ratio, beyond it is a difference of logarithms.
+    """
+    monkeypatch.setattr(_replaced, "_EPS", UNIT)
+    epsilons = [1e-3, 0.4, 0.999, 1.0, 1.5, 4.0]
+    found = _replaced.split(mu, p, np.array(epsilons))
+    for k, epsilon in enumerate(epsilons):
+        with mp.workdps(60):
+            v, log_d = half_log(mu, p, epsilon), rest(p, epsilon)
+            far, near = mp.exp(-2 * v), -mp.expm1(-2 * v)
+            inner = log_d - mp.log(near)
+            if epsilon < 1:
+                inner -= 16 * mp.mpf(UNIT) * (1 + abs(inner))
+            else:
+                size = epsilon - mp.log(p) - mp.log(1 - mp.mpf(p)) - mp.log(near) + 1
+                inner -= 16 * mp.mpf(UNIT) * size
+            expected = [far * (1 + 8 * mp.mpf(UNIT)), (epsilon + 2 * v) * (1 - 4 * mp.mpf(UNIT))]
+            expected += [near * (1 + 8 * mp.mpf(UNIT)), inner]
+        parts = [found.far[k], found.far_epsilon[k], found.near[k], found.near_epsilon[k]]
+        assert parts == pytest.approx([float(one) for one in expected], rel=1e-9, abs=1e-300)
+    at_zero = _replaced.split(mu, p, np.zeros(1))
+    assert at_zero.far.tolist() == [1 + 8 * UNIT]
+    assert (at_zero.far_epsilon[0], at_zero.near[0], at_zero.near_epsilon[0]) == (0.0, 0.0, 0.0)
+
+
+def test_numbers_that_leave_double_precision_are_taken_for_others() -> None:
+    """A rate below 1e-200 for 1e-200, ε below 1e-80 for 0 and beyond 1e40 for 1e40."""
+
+    def parts(p: float, epsilon: float) -> list[float]:
+        one = _replaced.split(1.0, p, np.array([epsilon]))
+        return [float(x[0]) for x in (one.far, one.far_epsilon, one.near, one.near_epsilon)]
+
+    assert parts(1e-250, 1.0) == parts(1e-200, 1.0) != parts(1e-199, 1.0)
+    assert parts(0.3, 0.9e-80) == parts(0.3, 0.0)
+    assert parts(0.3, 1.1e-80)[1] >= 1.1e-80 * (1 - 1e-12)
+    assert parts(0.3, 3e40) == parts(0.3, 1e40) != parts(0.3, 0.9e40)
+    pair = ReplacedPair(1.0, 0.3)
+    assert pair.lower("remove", np.array([1e40, 3e40])).tolist() == [0.0, 0.0]
+    rare = ReplacedPair(1.0, 1e-250)
+    assert rare.upper("remove", np.zeros(1)) >= 1e-200 * gaussian(0.0, 2.0)
+    assert rare.lower("remove", np.zeros(1)) <= 1e-250 * gaussian(0.0, 2.0)
+
+
+@pytest.mark.parametrize(("mu", "p"), EXCHANGES)
+def test_lines_of_an_exchange_are_moved_by_the_rounding_of_their_weights(
+    mu: float, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P(E) - e^x Q(E) at the test that is best at ε.
+
+    Weights up by eight units of the terms of their logarithms; then three times sixteen for a
+    tail, sixteen for its place, for φ(a) or the tails, and four for the rate.
+    """
+    monkeypatch.setattr(_replaced, "_EPS", UNIT)
+    monkeypatch.setattr(_replaced, "_TINY", 1e-7)
+    unit, tiny = mp.mpf(UNIT), mp.mpf(1e-7)
+    epsilons = [0.1, 0.5, 1.2, 3.0]
+    xs = [[0.0, 0.4, 1.1, 3.3], [0.2, 0.5, 1.4, 2.9]]
+    found = ReplacedPair(mu, p).lines(np.array(epsilons), tuple(np.array(x) for x in xs))
+    for k, epsilon in enumerate(epsilons):
+        with mp.workdps(60):
+            m, q = mp.mpf(mu), mp.mpf(p)
+            log_ratio = epsilon + 2 * half_log(mu, p, epsilon)
+            t = log_ratio / (2 * m)
+            a, spread, density = t - m, t + m, mp.npdf(t - m)
+            first = cdf(-a)
+            for x, values in zip((x[k] for x in xs), found, strict=True):
+                far = mp.exp(x - log_ratio + 8 * unit * (x + log_ratio))
+                near = mp.mpf(0)
+                if x > 0:
+                    size = abs(rest(p, x)) + log_ratio + m * m - mp.log(q) - mp.log(1 - q)
+                    near = mp.exp(rest(p, x) + (m * m - log_ratio) / 2 + 8 * unit * size)
+                # e^x φ(t+μ) and d φ(t), over φ(a), are the weights of the two other tails.
+                taken = density * far * cdf(-t - m) / mp.npdf(t + m)
+                taken += density * near * cdf(-t) / mp.npdf(t)
+                value = first - taken
+                error = 48 * (first + taken) + 16 * spread * density * (1 + far + near)
+                error += 16 * spread * abs(a) * (abs(value) if a > -1 else first + taken)
+                value = q * (value - unit * error - tiny) * (1 - 4 * unit) - tiny
+                assert values[k] == pytest.approx(float(value), rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize(("mu", "p"), EXCHANGES)
+def test_an_exchange_adds_up_its_two_parts(
+    mu: float, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is p [w δ_G(·; 2μ) + (1-w) δ_G(·; μ)], eight units up, and at most 1."""
+    epsilons = [0.0, 0.2, 1.0, 2.0]
+    parts = _replaced.split(mu, p, np.array(epsilons))
+    monkeypatch.setattr(_replaced, "_EPS", UNIT)
+    monkeypatch.setattr(_replaced, "_TINY", 1e-6)
+    monkeypatch.setattr(_replaced, "split", lambda *_: parts)
+    found = ReplacedPair(mu, p).upper("remove", np.array(epsilons))
+    for k, value in enumerate(found.tolist()):
+        far = parts.far[k] * gaussian(parts.far_epsilon[k], 2 * mu)
+        near = parts.near[k] * gaussian(parts.near_epsilon[k], mu)
+        expected = min(1.0, p * (far + near) * (1 + 8 * UNIT) + 1e-6)
+        assert value == pytest.approx(expected, rel=1e-9, abs=0)
+    monkeypatch.setattr(_replaced, "_TINY", 2.0)
+    assert ReplacedPair(mu, p).upper("remove", np.zeros(1)).tolist() == [1.0] * 4

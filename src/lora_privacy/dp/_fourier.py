@@ -325,8 +325,8 @@ def _window(parts: Sequence[Part], tilt: float) -> tuple[int, int, float, float]
     if needed > MAX_WINDOW:
         return None
     size = 1 << max(4, (needed - 1).bit_length())
-    if needed <= 3 * size // 4:
-        size = 3 * size // 4
+    if needed <= (shorter := 3 * size // 4):
+        size = shorter
     last = first + size - 1
     log_right = float(np.min(right - theta * (last + 1) * step))
     log_left = float(np.min(left + theta * (first - 1) * step))

@@ -140,13 +140,12 @@ class ReplacedPair:
 def _half_log(mu: float, rate: float, epsilons: Array) -> Array:
     """The v >= 0 with sinh v = d e^{μ²/2-ε/2}/2."""
     log_sinh = _log_rest(rate, epsilons) - math.log(2) + mu * mu / 2 - epsilons / 2
-    v = np.arcsinh(np.exp(np.minimum(log_sinh, 20.0)))
-    return np.where(log_sinh > 20, log_sinh + math.log(2), v)
+    # log(s + √(1 + s²)), which neither overflows nor loses a small s.
+    return np.logaddexp(log_sinh, 0.5 * np.logaddexp(0.0, 2 * log_sinh))
 
 
 def _log_rest(rate: float, epsilons: Array) -> Array:
     """Logarithm of d = (e^ε-1)(1-p)/p; -inf at 0."""
     with np.errstate(divide="ignore"):
-        small = np.log(np.expm1(np.minimum(epsilons, 1.0)))
-    large = epsilons + np.log1p(-np.exp(-np.maximum(epsilons, 1.0)))
-    return np.where(epsilons < 1, small, large) + (math.log1p(-rate) - math.log(rate))
+        log_growth = epsilons + np.log(-np.expm1(-epsilons))
+    return log_growth + (math.log1p(-rate) - math.log(rate))
