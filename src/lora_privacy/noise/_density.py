@@ -10,15 +10,18 @@ import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from lora_privacy.noise._rows import Array
-from lora_privacy.noise._stirling import log_gamma_remainder
+from lora_privacy.noise._stirling import log_gamma_remainder, log_gamma_series
 
 __all__ = ["chi_square_logpdf", "entry_logpdf"]
 
-# From here on the uniform expansion is exact to rounding: its first neglected term is 1e-15.
+# From here on the uniform expansion is exact to rounding: its first neglected term is 2e-16.
 _DEBYE_ORDER = 30.0
 _DEBYE_TERMS = 10
-# Beyond it kve of AMOS loses all digits, while two terms of its expansion have them all.
+# Beyond it kve of AMOS loses all digits, while two terms of the expansion of ln K have them all:
+# what follows is (4ν² - 1)/(16z²) < 2e-14.
 _LARGE_ARGUMENT = 1e8
+# (u - ln(1+u))/u² by rising powers of u; below |u| = 1e-2 what is left out is 2e-15 of it.
+_LOG_SERIES = (-1.0) ** np.arange(7) / np.arange(2, 9)
 
 
 def entry_logpdf(rank: npt.ArrayLike, rho: npt.ArrayLike, x: npt.ArrayLike) -> Array:
@@ -42,7 +45,7 @@ def entry_logpdf(rank: npt.ArrayLike, rho: npt.ArrayLike, x: npt.ArrayLike) -> A
     r, rho_, x_ = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (rank, rho, x)))
     shape = x_.shape
     r, rho_, x_ = r.ravel(), rho_.ravel(), x_.ravel()
-    sign = np.where(rho_ < 0, -1.0, 1.0)  # mirrored, so that ρ >= 0 and 1 - ρ is the small scale
+    sign = np.copysign(1.0, rho_)  # mirrored, so that ρ >= 0 and 1 - ρ is the small scale
     rho_, x_ = sign * rho_, sign * x_
     nu, t = (r - 1) / 2, r * (x_ + rho_)
     high = nu >= _DEBYE_ORDER
@@ -57,17 +60,13 @@ def chi_square_logpdf(rank: int, shift: npt.ArrayLike) -> Array:
     """Log density of S - 1 at ``shift``, S ~ χ²_rank / rank; -inf outside the support."""
     y = np.asarray(shift, np.float64)
     k = rank / 2
-    inside = y > -1.0
-    safe = np.where(inside, y, 0.0)
     # The parts of size k cancel in k ln k - k - ln Γ(k) before they are formed (DLMF 5.11.1).
-    if k < _DEBYE_ORDER:
-        constant = k * math.log(k) - k - math.lgamma(k)
-    else:
-        constant = 0.5 * math.log(k / (2.0 * math.pi)) - log_gamma_remainder(k)
-    log_s = np.log1p(safe)
-    value = constant - k * (safe - log_s) - log_s
+    constant = 0.5 * math.log(k / (2.0 * math.pi)) - log_gamma_remainder(k)
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN up to -1, where it is not taken
+        log_s = np.log1p(y)
+        value = constant - k * (y - log_s) - log_s
     edge = {1: math.inf, 2: 0.0}.get(rank, -math.inf)
-    return np.where(inside, value, np.where(y == -1.0, edge, -math.inf))
+    return np.where(y > -1.0, value, np.where(y == -1.0, edge, -math.inf))
 
 
 def _bessel(nu: Array, rho: Array, t: Array) -> Array:
@@ -76,14 +75,14 @@ def _bessel(nu: Array, rho: Array, t: Array) -> Array:
     size = np.abs(t)
     z = size / spread
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        far = 0.5 * np.log(math.pi / (2.0 * z)) + np.log1p((4.0 * nu * nu - 1.0) / (8.0 * z))
+        far = 0.5 * np.log(math.pi / (2.0 * z)) + (4.0 * nu * nu - 1.0) / (8.0 * z)
         log_k = np.where(z > _LARGE_ARGUMENT, far, np.log(special.kve(nu, z)))
-        log_size = np.log(size / 2)
-        power = np.where(nu > 0, nu * log_size, 0.0) + log_k
-        # K_ν overflows only where z^ν K_ν(z) has long reached its limit 2^(ν-1) Γ(ν).
+        power = np.asarray(special.xlogy(nu, size / 2), np.float64) + log_k
+        # K_ν overflows only where z^ν K_ν(z) has long reached its limit 2^(ν-1) Γ(ν); at ν = 0
+        # and z = 0 both are infinite.
         limit = nu * np.log(spread) - math.log(2.0) + special.gammaln(nu)
-    power = np.where((nu > 0) & ((log_k == np.inf) | (size == 0)), limit, power)
-    decay = np.where(t >= 0, t / (1.0 + rho), -t / (1.0 - rho))
+    power = np.where(np.isposinf(log_k), limit, power)
+    decay = size / (1.0 + np.copysign(rho, t))
     return power - decay - special.gammaln(nu + 0.5) - 0.5 * np.log(math.pi * spread)
 
 
@@ -100,24 +99,25 @@ def _uniform(nu: Array, rho: Array, t: Array) -> Array:
     tau = np.copysign(w / (1.0 + root), t)
     below_one = (1.0 + 1.0 / (root + w)) / (1.0 + root)  # 1 - |τ|
     rest = 2.0 / (1.0 + root)  # 1 - τ²
-    d = np.where(t > 0, (1.0 - rho) - below_one, tau - rho)
-    u = d * (tau + rho) / rest
-    # 1 + u = spread / rest, whose log is the stable form where u is near -1.
-    log_ratio = np.where(np.abs(u) < 0.5, np.log1p(np.maximum(u, -0.5)), np.log(spread / rest))
-    small = np.abs(u) < 1e-2
-    series = (
-        u * u * (0.5 - u * (1 / 3 - u * (0.25 - u * (0.2 - u * (1 / 6 - u * (1 / 7 - u / 8))))))
-    )
-    exponent = np.where(small, series, u - log_ratio) + d * d / rest
+    # Where both are near 1 the difference of what they lack keeps its digits; where both are small
+    # their own does.
+    d = np.where(tau > 0.5, (1.0 - rho) - below_one, tau - rho)
+    exponent = _log_excess(d * (tau + rho) / rest, spread / rest) + d * d / rest
     p = 1.0 / root
     factor = np.zeros_like(nu)
     for coefficients in reversed(_debye_polynomials()):  # Horner in -1/ν
         factor = np.polynomial.polynomial.polyval(p, coefficients) - factor / nu
-    # ln Γ(ν+1/2) - ν ln ν + ν - ln √(2π), DLMF 5.11.8
-    square = 1.0 / (nu * nu)
-    stirling = -(1 / 24 - square * (7 / 2880 - square * (31 / 40320 - square * 127 / 215040))) / nu
+    # ln Γ(ν+1/2) - ν ln ν + ν - ln √(2π), by Legendre's duplication formula
+    stirling = log_gamma_series(2.0 * nu) - log_gamma_series(nu)
     prefactor = -0.5 * np.log(4.0 * math.pi * nu * spread / p)
     return prefactor + np.log(factor) - stirling - nu * exponent
+
+
+def _log_excess(u: Array, ratio: Array) -> Array:
+    """The excess u - ln(1+u), also where it is small; ``ratio`` is 1 + u, for u near -1."""
+    log_ratio = np.where(np.abs(u) < 0.5, np.log1p(np.maximum(u, -0.5)), np.log(ratio))
+    series = u * u * np.polynomial.polynomial.polyval(u, _LOG_SERIES)
+    return np.where(np.abs(u) < 1e-2, series, u - log_ratio)
 
 
 @functools.cache

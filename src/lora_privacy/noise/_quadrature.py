@@ -55,23 +55,22 @@ def entry_tails(rank: npt.ArrayLike, rho: npt.ArrayLike, x: npt.ArrayLike) -> tu
     )
     shape = x_.shape
     k, rho_, x_ = k.ravel(), rho_.ravel(), x_.ravel()
+    # x >= 0, the mean, has its upper tail as the computed one. Mirrored where ρ < 0.
+    upper = x_ >= 0
+    above = upper ^ np.signbit(rho_)
+    sign = np.copysign(1.0, rho_)
+    rho_, x_ = sign * rho_, sign * x_
     small = np.empty(x_.size)
     for start in range(0, x_.size, _CHUNK):
         part = slice(start, start + _CHUNK)
-        mirrored = rho_[part] < 0
-        sign = np.where(mirrored, -1.0, 1.0)
-        small[part] = _small_tail(k[part], sign * rho_[part], sign * x_[part], mirrored)
-    # In the original orientation: x >= 0, the mean, has its upper tail as the computed one; at
-    # x = 0 itself the mirrored law has computed the same side, see _small_tail.
-    upper = x_ >= 0
+        small[part] = _small_tail(k[part], rho_[part], x_[part], above[part])
     low = np.where(upper, 1.0 - small, small)
     high = np.where(upper, small, 1.0 - small)
     return low.reshape(shape), high.reshape(shape)
 
 
-def _small_tail(k: Array, rho: Array, x: Array, mirrored: npt.NDArray[np.bool_]) -> Array:
-    """Tail beyond ``x`` on the side away from the mean, for ρ >= 0."""
-    above = np.where(mirrored, x > 0, x >= 0)
+def _small_tail(k: Array, rho: Array, x: Array, above: npt.NDArray[np.bool_]) -> Array:
+    """Tail beyond ``x`` on the side away from the mean, the upper one where ``above``; ρ >= 0."""
     result = np.empty(x.size)
     # Lower tail at t = r(x + ρ) < 0 is the upper tail of the mirrored law: its path opens around
     # the cut of the gamma variable that makes t negative.
@@ -86,37 +85,32 @@ def _small_tail(k: Array, rho: Array, x: Array, mirrored: npt.NDArray[np.bool_])
 
 def _outer(k: Array, rho: Array, x: Array) -> Array:
     """P(N > x) for x >= 0 and x + ρ >= 0: the path passes between the pole 0 and the cut 1/α."""
-    alpha, beta, t = 1.0 + rho, 1.0 - rho, 2.0 * k * (x + rho)
-    low, high = np.full(k.size, -40.0), np.full(k.size, 40.0)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        part, rest = _logistic(middle), _logistic(-middle)  # s = part/α, 1 - αs = rest
-        s = part / alpha
-        right = k * (alpha / rest - beta / (1.0 + beta * s)) - t - 1.0 / s > 0
-        low, high = np.where(right, low, middle), np.where(right, middle, high)
-    middle = (low + high) / 2
-    part, rest = _logistic(middle), _logistic(-middle)
-    s = part / alpha
-    curvature = k * ((alpha / rest) ** 2 + (beta / (1.0 + beta * s)) ** 2) + 1.0 / s**2
-    return _trapezoid(k, rho, x, s, rest / alpha, rest / alpha, curvature)
+    alpha, beta = 1.0 + rho, 1.0 - rho
+    s, gap, curvature = _saddle(k, alpha, beta, 2.0 * k * (x + rho))
+    return _trapezoid(k, rho, x, s, gap, gap, curvature)
 
 
 def _inner(k: Array, rho: Array, x: Array) -> Array:
     """P(N <= x) for x < 0 <= x + ρ: the path passes to the left of the pole, right of -1/β."""
-    alpha, beta, t = 1.0 + rho, 1.0 - rho, 2.0 * k * (x + rho)
+    alpha, beta = 1.0 + rho, 1.0 - rho
+    s, _, curvature = _saddle(k, beta, alpha, -2.0 * k * (x + rho))
+    return -_trapezoid(k, rho, x, -s, 1.0 / alpha + s, s, curvature)
+
+
+def _saddle(k: Array, alpha: Array, beta: Array, t: Array) -> tuple[Array, Array, Array]:
+    """Where -k ln(1-αs) - k ln(1+βs) - ts - ln s is least on (0, 1/α): s, 1/α - s, the curvature.
+
+    By bisection in the logit of αs, which keeps the digits of both ends.
+    """
     low, high = np.full(k.size, -90.0), np.full(k.size, 40.0)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        part, rest = _logistic(middle), _logistic(-middle)  # s = -part/β, 1 + βs = rest
-        distance = part / beta
-        right = k * (beta / rest - alpha / (1.0 + alpha * distance)) + t - 1.0 / distance > 0
-        low, high = np.where(right, low, middle), np.where(right, middle, high)
+        s, gap = _logistic(middle) / alpha, _logistic(-middle) / alpha
+        falls = k * (1.0 / gap - beta / (1.0 + beta * s)) - t < 1.0 / s
+        low, high = np.where(falls, middle, low), np.where(falls, high, middle)
     middle = (low + high) / 2
-    part, rest = _logistic(middle), _logistic(-middle)
-    distance = part / beta
-    near = alpha / (1.0 + alpha * distance)
-    curvature = k * (near**2 + (beta / rest) ** 2) + 1.0 / distance**2
-    return -_trapezoid(k, rho, x, -distance, 1.0 / alpha + distance, distance, curvature)
+    s, gap = _logistic(middle) / alpha, _logistic(-middle) / alpha
+    return s, gap, k * (1.0 / gap**2 + (beta / (1.0 + beta * s)) ** 2) + 1.0 / s**2
 
 
 def _trapezoid(
@@ -166,8 +160,8 @@ def _sums(
     width = 1.0 / (np.sqrt(curvature) * size * _COS)
 
     def terms(v: Array) -> Array:
-        # u = width·sinh(v) packs the Gaussian centre and an exponential tail into few nodes. On a
-        # path longer than cosh(300) the integrand is 0.
+        # u = width·sinh(v) packs the Gaussian centre and an exponential tail into few nodes. Far
+        # out, at u = 300, a path as long as cosh(u) has an integrand of 0.
         u = np.minimum(width * np.sinh(v), 300.0)
         sinh_u, rise = np.sinh(u), 2.0 * np.sinh(u / 2) ** 2
         along = size * (_SIN * rise + 1j * _COS * sinh_u)
@@ -175,13 +169,12 @@ def _sums(
         s = start + along
         with np.errstate(over="ignore", invalid="ignore"):
             value = np.exp(_exponent(k, rho, x, s, gap - along) - peak) / s * slope
-            return np.where(u < 300.0, value.real * width * np.cosh(v), 0.0)
+            return value.real * width * np.cosh(v)
 
     survey = np.arange(0.0, _REACH, _SURVEY_STEP)
-    seen = np.abs(terms(survey))
+    seen = np.abs(terms(survey[:-2]))
     heavy = np.flatnonzero((seen > _NEGLIGIBLE * seen.max(axis=1, keepdims=True)).any(axis=0))
-    end = float(survey[min(int(heavy.max(initial=0)) + 2, survey.size - 1)])
-    term = terms(np.arange(0.0, end, step))
+    term = terms(np.arange(0.0, float(survey[int(heavy.max(initial=0)) + 2]), step))
     term[:, 0] *= 0.5
     # A range that is too short leaves a last term that counts: no sum then.
     short = np.abs(term[:, -1]) > 1e-15 * np.abs(term).max(axis=1)
