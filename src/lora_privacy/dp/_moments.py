@@ -161,7 +161,7 @@ def _trapezoid(z: Array, p: float, orders: Array, step: Array) -> Array:
     if s[:, -1].max() > _HUGE:
         large = np.logaddexp(math.log1p(-p), s + math.log(p))
         log_ratio = np.where(s > _HUGE, large, log_ratio)
-        u = np.where(s > _HUGE, np.exp(np.minimum(large, _HUGE)), u)
+        u = np.where(s > _HUGE, np.exp(np.minimum(s + math.log(p), _HUGE)), u)
     log_weight = np.log(step / math.sqrt(2 * math.pi)) - 0.5 * y * y
     weight = np.exp(log_weight)
 
