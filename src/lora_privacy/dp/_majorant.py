@@ -204,9 +204,7 @@ def _dilated(features: int, rank: int, size: int) -> tuple[Array, Array]:
     centre, other = special.betaincinv(a, c, 0.5), special.betaincinv(c, a, 0.5)
     centre = float(special.logit(centre) if centre < other else -special.logit(other))
     # From logit 36 on β is 1 in double precision.
-    right = float(-special.logit(special.betaincinv(c, a, _RIGHT)))
-    right = min(right, max(36.0, centre + 1.0))
-    left = max(left, centre - 300.0)
+    right = min(float(-special.logit(special.betaincinv(c, a, _RIGHT))), 36.0)
     half = 1 << (size - 1)
     t = np.linspace(left, centre, half, endpoint=False)
     t = np.concatenate([t, np.linspace(centre, right, half)])

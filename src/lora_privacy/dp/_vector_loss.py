@@ -426,7 +426,7 @@ class VectorLoss:
     ) -> Array:
         """Logs of E[(1 - e^{ε-L})₊ | R] and P[L > ε | R], each plus ``log_weight``, (2, nodes)."""
         m, r = self.in_features, self.rank
-        near = (ratio > 0.5) & (ratio < 2)
+        near = ratio > 0.5  # below it is R - 1 that has lost what tells R from 0
         safe = np.maximum(ratio, _TINY)
         log_ratio = np.where(near, np.log1p(np.where(near, excess, 0.0)), np.log(safe))
         shift = 0.5 * (m + 1 - r) * log_ratio + ((r - 1) * math.log(self.ratio) - epsilon)  # a - ε

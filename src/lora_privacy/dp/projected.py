@@ -192,10 +192,12 @@ class ProjectedGaussian:
         if value <= delta:
             return 0.0, method
         low, high = 0.0, 1.0
-        while self._exact(adjacency, high)[0] > delta:
+        value, method = self._exact(adjacency, high)
+        while value > delta:
             low, high = high, 4 * high
             if high > _LARGEST_EPSILON:
                 return math.inf, "convex majorant"
+            value, method = self._exact(adjacency, high)
         while high - low > _EPSILON_RTOL * high:
             middle = (low + high) / 2
             value, label = self._exact(adjacency, middle)
