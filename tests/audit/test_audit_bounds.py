@@ -233,6 +233,15 @@ def test_coverage_with_ties() -> None:
     assert np.sum(found > true) <= most(0.3)
 
 
+def test_single_precision_forgets_no_delta() -> None:
+    """1 - 2e-8 is 1 in float32: with as many trials ε came out as 0.50 in place of 0.11."""
+    counts = {"members": 10**8, "true_positives": 12, "non_members": 10**8, "false_positives": 0}
+    delta, level = np.float32(2e-8), np.float32(0.05)
+    found = epsilon_from_counts(**counts, delta=delta, significance=level)
+    assert found == epsilon_from_counts(**counts, delta=float(delta), significance=float(level))
+    assert 0.1 < found.epsilon < 0.11
+
+
 def test_a_flawless_attack_reaches_the_ceiling() -> None:
     """200 + 200 trials: all of them by Bonferroni's 16, half of them by the split."""
     scores = np.concatenate([np.ones(200), np.zeros(200)])

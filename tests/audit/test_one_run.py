@@ -426,6 +426,28 @@ def test_more_right_guesses_or_less_confidence_never_lower_the_bound() -> None:
     assert bound(300, 40, 38, 1e-6) > steps[38]
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16])
+def test_small_integers_of_numpy_do_not_wrap_around(kind: type) -> None:
+    """255 + 1 is 0 in eight bits, and the bound was 700: P[W = v] came out as 0."""
+    most = min(255, int(np.iinfo(kind).max))
+    for right in (most, most - 20):
+        for claim in (epsilon_one_run, epsilon_one_run_fdp):
+            counts = {"canaries": most, "guesses": most, "correct": right}
+            small = {name: kind(count) for name, count in counts.items()}
+            found = claim(**small, delta=1e-5, significance=0.05)
+            assert found == claim(**counts, delta=1e-5, significance=0.05)
+        small = one_run_p_value(**small, epsilon=1.0, delta=1e-5)
+        assert small == one_run_p_value(**counts, epsilon=1.0, delta=1e-5)
+
+
+def test_a_significance_in_single_precision_is_used_in_double() -> None:
+    """Else μ moves in its seventh digit, which is more than the slack of the recursion."""
+    level, counts = np.float32(0.05), {"canaries": 100_000, "guesses": 20_000, "correct": 15_000}
+    for claim in (epsilon_one_run, epsilon_one_run_fdp):
+        found = claim(**counts, delta=1e-5, significance=level)
+        assert found == claim(**counts, delta=1e-5, significance=float(level))
+
+
 def test_the_bound_is_just_below_the_edge_of_rejection() -> None:
     """Rounded down: the p-value at the ε returned is at most the level, and just above it not."""
     epsilon = bound(1000, 100, 75, 1e-4)

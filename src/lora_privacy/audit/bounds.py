@@ -74,6 +74,7 @@ def epsilon_from_counts(
     >>> round(estimate.epsilon, 3)
     4.906
     """
+    delta, significance = float(delta), float(significance)
     members = _validate.integer("members", members, 1)
     non_members = _validate.integer("non_members", non_members, 1)
     for name, count, trials in (
@@ -146,6 +147,8 @@ def epsilon_clopper_pearson(
         Jagielski, Ullman & Oprea 2020; ``docs/theory/auditing.md``, section 3.
     """
     _validate.choice("selection", selection, SELECTIONS)
+    # numpy's single precision would round 1 - δ - rate, and a share of the significance.
+    delta, significance = float(delta), float(significance)
     inside, outside = part(scores, members)
     if selection == "split":
         # In the order of the trials: halves of sorted scores, by a fixed seed, would be fixed

@@ -106,7 +106,9 @@ def epsilon_one_run(
     >>> round(estimate.epsilon, 5)
     0.67298
     """
-    check_counts(canaries, guesses, correct, delta, significance)
+    canaries, guesses, correct, delta, significance = check_counts(
+        canaries, guesses, correct, delta, significance
+    )
     _validate.choice("delta_term", delta_term, DELTA_TERMS)
 
     def largest(right: int, of: int) -> float:
@@ -168,7 +170,7 @@ def one_run_p_value(
     Raises:
         ValueError: An argument is out of range.
     """
-    check_counts(canaries, guesses, correct, delta, 0.5)
+    canaries, guesses, correct, delta, _ = check_counts(canaries, guesses, correct, delta, 0.5)
     _validate.between("epsilon", epsilon, 0, _LARGEST)
     if correct == 0:
         return 1.0
@@ -340,11 +342,15 @@ def perfect_score(
 
 def check_counts(
     canaries: int, guesses: int, correct: int, delta: float, significance: float
-) -> None:
-    """Raise TypeError or ValueError unless they can belong to one run and one claim."""
-    _validate.integer("canaries", canaries, 1)
-    _validate.integer("guesses", guesses, 1)
-    _validate.integer("correct", correct, 0)
+) -> tuple[int, int, int, float, float]:
+    """All five as Python's numbers, for numpy's small integers wrap around.
+
+    Raises:
+        TypeError, ValueError: They cannot belong to one run and one claim.
+    """
+    canaries = _validate.integer("canaries", canaries, 1)
+    guesses = _validate.integer("guesses", guesses, 1)
+    correct = _validate.integer("correct", correct, 0)
     if not correct <= guesses <= canaries:
         raise ValueError(
             "correct <= guesses <= canaries must hold, got "
@@ -352,3 +358,4 @@ def check_counts(
         )
     _validate.half_open("delta", delta, 0, 1)
     _validate.inside("significance", significance, 0, 1)
+    return canaries, guesses, correct, float(delta), float(significance)

@@ -55,7 +55,9 @@ def epsilon_one_run_fdp(
         Mahloujifar, Melis & Chaudhuri 2024; the recursion is proved in
         ``docs/theory/auditing.md``, section 5. Dong, Roth & Su 2022, Cor. 2.13.
     """
-    check_counts(canaries, guesses, correct, delta, significance)
+    canaries, guesses, correct, delta, significance = check_counts(
+        canaries, guesses, correct, delta, significance
+    )
     _validate.inside("delta", delta, 0, 1, "Gaussian noise gives no finite ε at δ = 0.")
 
     def largest(right: int, of: int) -> float:
