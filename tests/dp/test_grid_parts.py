@@ -71,6 +71,7 @@ def test_a_tail_that_does_not_fall_any_more_is_not_followed() -> None:
     slow = _grid.reach((lambda e: np.exp(-e / 1e10),) * 2, 1e-9, 1.0)
     assert slow <= 1e9
     assert slow >= 1e9 * (1 - 0.0101)  # e^{-.1} to a thousandth
+    assert _grid.reach((lambda e: 1.0 * (e < 1e9),) * 2, 1e-9, 1.0) == 1e9
 
 
 def test_a_profile_that_depends_on_what_else_is_asked_still_ends() -> None:
@@ -130,6 +131,7 @@ BUMPY = [
     [0.9, 0.5, 0.48, 0.3, 0.28, 0.1, 0.02, 0.01],
     [0.9, 0.7, 0.69, 0.6, 0.1, 0.09, 0.08, 0.079],
     [0.5, 0.5, 0.5, 0.2, 0.2, 0.2, 0.2, 0.2],
+    [0.9, 0.5, 0.48, 0.3, 0.28, 0.1, 0.02, 0.05],
     [0.9, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.0],
 ]
 

@@ -306,7 +306,7 @@ class _Plan:
         """All measures at the present step; None when there were enough tries."""
         self._rounds -= 1
         longest = max(self._reaches)
-        step = _short(max(self._step, longest / (2 * _MAX_HALF)))
+        step = _short(self._step)
         if self._rounds < 0 or longest > 2 * _MAX_HALF * step:
             return None
         above: tuple[list[Part], list[Part]] = ([], [])
