@@ -216,7 +216,7 @@ def test_moments_of_drawn_matrices(law: LawName) -> None:
 def test_a_sampled_law_is_scipys_empirical_one() -> None:
     """Oracles: scipy's ecdf and numpy's inverted one, exact; the band, Kolmogorov's law, 1e-3."""
     noise = EmpiricalNoise("uniform", 2, [0.6, -0.8, 0.1], 1, 500, np.random.default_rng(5))
-    points = np.linspace(-2, 2, 101)
+    points = np.concatenate([np.linspace(-2, 2, 101), noise.samples])
     assert noise.cdf(points) == pytest.approx(
         stats.ecdf(noise.samples).cdf.evaluate(points), abs=1e-15
     )
