@@ -97,13 +97,13 @@ def test_the_profile_of_a_measure_gives_it_back(masses: list[float], infinite: f
     theirs = np.array([others(masses, -5, infinite, k) for k in range(6)])
     lack = 1 - sum(masses) - infinite  # what of the whole mass is nowhere lies at loss -5
     full = [masses[0] + lack, *masses[1:]]
-    found = _grid._joined(ours, theirs, STEP, 1)
+    found = _grid._joined(ours, theirs, STEP, upper=True)
     start = found.first + 5
     assert found.masses == pytest.approx(full[start : start + len(found.masses)], rel=1e-9)
     assert math.fsum(full[:start]) + math.fsum(full[start + len(found.masses) :]) < 1e-15
     assert found.infinite == pytest.approx(infinite, rel=1e-9, abs=1e-14)
     assert (found.step, found.offset, found.last) == (STEP, 0.0, start + len(found.masses) - 6)
-    below = _grid._joined(ours - infinite, theirs, STEP, -1)
+    below = _grid._joined(ours - infinite, theirs, STEP, upper=False)
     assert below.infinite == 0.0
     full[5] += infinite  # without it right of 0 only, its mass lies at loss 0
     expected = full[below.first + 5 : below.last + 6]
@@ -179,13 +179,13 @@ def test_both_sides_are_joined_by_a_hull(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = hull_masses([0.0, *x], [1.0, *left, *ours])[1:]
     found = _grid._jointly_convex(ours, theirs, STEP)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-13)
-    joined = _grid._joined(ours, theirs, STEP, 1)
+    joined = _grid._joined(ours, theirs, STEP, upper=True)
     assert joined.masses == pytest.approx(expected[joined.first + 3 : joined.last + 4], rel=1e-3)
     monkeypatch.setattr(_grid, "_MAX_HULL", 3 * STEP)
-    again = _grid._joined(ours, theirs, STEP, 1)
+    again = _grid._joined(ours, theirs, STEP, upper=True)
     assert again.masses.tolist() == joined.masses.tolist()
     monkeypatch.setattr(_grid, "_MAX_HULL", 3 * STEP - 0.01)
-    cut = _grid._joined(ours, theirs, STEP, 1)
+    cut = _grid._joined(ours, theirs, STEP, upper=True)
     sides = _grid._masses(ours, STEP), _grid._masses(theirs, STEP)[::-1] * np.array(x[:3])
     parts = np.concatenate([sides[1], [0.0], sides[0]])
     share = cut.masses / parts[cut.first + 3 : cut.last + 4].clip(1e-300)
@@ -253,12 +253,12 @@ def test_masses_are_raised_to_the_dots(
         wanted[k] *= share
     wanted[7] += 1e-3 * (7 in lift)
     masses, rest = raised(MASSES, infinite, wanted)
-    found = _grid._certified(Measure(STEP, 0, MASSES, infinite, 0.5), wanted, 1)
+    found = _grid._certified(Measure(STEP, 0, MASSES, infinite, 0.5), wanted, upper=True)
     assert found.masses == pytest.approx(masses, rel=1e-12, abs=0)
     assert found.infinite == pytest.approx(rest, rel=1e-12, abs=0)
     assert (found.step, found.first, found.offset) == (STEP, 0, 0.5)
     # Masses next to nothing are not divided by.
-    tiny = _grid._certified(Measure(STEP, 0, 2e-289 * MASSES), 4e-289 * wanted, 1)
+    tiny = _grid._certified(Measure(STEP, 0, 2e-289 * MASSES), 4e-289 * wanted, upper=True)
     masses, rest = raised(2e-289 * MASSES, 0.0, 4e-289 * wanted)
     assert tiny.masses == pytest.approx(masses, rel=1e-12, abs=0)
     assert tiny.infinite == pytest.approx(rest, rel=1e-12, abs=0)
@@ -277,7 +277,7 @@ def test_masses_are_lowered_to_the_dots(
     most = 0.0
     for value, dot in zip(found[:7], wanted[:7], strict=True):
         most = max(most, (value * (1 + sums) - dot * (1 - 8 * UNIT)) / value)
-    measure = _grid._certified(Measure(STEP, 0, MASSES, 0.0, 0.5), wanted, -1)
+    measure = _grid._certified(Measure(STEP, 0, MASSES, 0.0, 0.5), wanted, upper=False)
     if most >= 1:
         assert measure.masses.tolist() == [0.0]
         return
@@ -298,7 +298,9 @@ def test_measures_above_start_from_the_smaller_bound_at_zero(
 ) -> None:
     """Both directions agree at ε = 0; a profile that rises is replaced by its running minimum."""
     seen = []
-    monkeypatch.setattr(_grid, "_joined", lambda *args: seen.append(args) or len(seen))
+    monkeypatch.setattr(
+        _grid, "_joined", lambda *args, upper: seen.append((*args, upper)) or len(seen)
+    )
     for first, second in ((0.5, 0.4), (0.4, 0.5)):
         seen.clear()
         profiles = (
@@ -312,7 +314,7 @@ def test_measures_above_start_from_the_smaller_bound_at_zero(
         for args, (ours, theirs) in zip(seen, ((remove, add), (add, remove)), strict=True):
             assert args[0].tolist() == ours.tolist()
             assert args[1].tolist() == theirs.tolist()
-            assert args[2:] == (STEP, 1)
+            assert args[2:] == (STEP, True)
 
 
 # --- lines of tests, for a measure below
@@ -365,7 +367,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list:
     """Arguments that ``_joined`` was called with, at a unit of 1e-4."""
     seen = []
     monkeypatch.setattr(_grid, "_EPS", UNIT)
-    monkeypatch.setattr(_grid, "_joined", lambda *args: seen.append(args))
+    monkeypatch.setattr(_grid, "_joined", lambda *args, upper: seen.append((*args, upper)))
     return seen
 
 
@@ -376,7 +378,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list:
 def test_dots_below_an_addition(mu: float, p: float, half: int, joined: list) -> None:
     """Those of both directions, the smaller at ε = 0; four units of p against a larger loss."""
     _grid.below(SampledPair(mu, p), "add", STEP, half, 1.0)
-    ((ours, theirs, step, sign),) = joined
+    ((ours, theirs, step, upper),) = joined
     with mp.workdps(25):
         points = [mp.exp(k * mp.mpf(STEP)) for k in range(half + 1)]
         low = mp.mpf(p) * (1 - 4 * mp.mpf(UNIT))
@@ -387,7 +389,7 @@ def test_dots_below_an_addition(mu: float, p: float, half: int, joined: list) ->
     add[0] = remove[0] = min(add[0], remove[0])
     assert ours == pytest.approx(add, rel=1e-9, abs=1e-13)
     assert theirs == pytest.approx(remove, rel=1e-9, abs=1e-13)
-    assert (step, sign) == (STEP, -1)
+    assert (step, upper) == (STEP, False)
 
 
 @pytest.mark.parametrize(("mu", "p", "half"), [(1.0, 0.9, 9), (3.0, 0.8, 4)])
@@ -396,11 +398,11 @@ def test_dots_below_a_removal_whose_grid_starts_at_zero(
 ) -> None:
     """Where the least loss, log(1-p), is not on the grid."""
     _grid.below(SampledPair(mu, p), "remove", STEP, half, 1.0)
-    ((ours, theirs, step, sign),) = joined
+    ((ours, theirs, step, upper),) = joined
     _grid.below(SampledPair(mu, p), "add", STEP, half, 1.0)
     assert ours.tolist() == joined[1][1].tolist()
     assert theirs.tolist() == joined[1][0].tolist()
-    assert (step, sign) == (STEP, -1)
+    assert (step, upper) == (STEP, False)
 
 
 def test_dots_below_a_plain_gaussian_and_an_exchange(joined: list) -> None:
@@ -411,10 +413,10 @@ def test_dots_below_a_plain_gaussian_and_an_exchange(joined: list) -> None:
         points = [mp.exp(k * mp.mpf(STEP)) for k in range(6)]
         plain = dots_of(best_lines(lambda at, x: removal_line(0.9, 1.0, at, x), points))
         exchange = dots_of(best_lines(lambda at, x: exchange_line(0.6, 0.4, at, x), points))
-    for (ours, theirs, step, sign), expected in zip(joined, (plain, exchange), strict=True):
+    for (ours, theirs, step, upper), expected in zip(joined, (plain, exchange), strict=True):
         assert ours == pytest.approx(expected, rel=1e-9, abs=1e-13)
         assert theirs is ours
-        assert (step, sign) == (STEP, -1)
+        assert (step, upper) == (STEP, False)
 
 
 def exchange_line(mu: float, p: float, at: mp.mpf, x: mp.mpf) -> mp.mpf:

@@ -83,7 +83,7 @@ def above(profiles: tuple[Profile, Profile], step: float, half: int) -> tuple[Me
     remove, add = (np.minimum.accumulate(values) for values in _both(profiles, grid))
     # Both directions of a pair agree at ε = 0, so the smaller bound holds for both.
     remove[0] = add[0] = min(remove[0], add[0])
-    return _joined(remove, add, step, 1), _joined(add, remove, step, 1)
+    return _joined(remove, add, step, upper=True), _joined(add, remove, step, upper=True)
 
 
 def below(
@@ -95,10 +95,10 @@ def below(
     """
     if isinstance(pair, ReplacedPair):
         dots = _dots(*_replaced_lines(pair, step, half), 1.0)
-        return _joined(dots, dots, step, -1)
+        return _joined(dots, dots, step, upper=False)
     if pair.rate == 1:
         dots = _dots(*_lines(pair, _removal(1.0, 1.0, step, half)), np.ones(1))
-        return _joined(dots, dots, step, -1)
+        return _joined(dots, dots, step, upper=False)
     # The least loss under "remove" is log(1-p); with little noise most of the mass is close to it.
     # A grid that starts there keeps it in place, however wide the step.
     offset = math.log1p(-pair.rate)
@@ -108,7 +108,7 @@ def below(
         add = _dots(*_lines(pair, _addition(pair.rate, step, half)), scale)
         add[0] = remove[0] = min(add[0], remove[0])
         ours, theirs = (add, remove) if direction == "add" else (remove, add)
-        return _joined(ours, theirs, step, -1)
+        return _joined(ours, theirs, step, upper=False)
     half = half + math.ceil(-offset / step)
     left, right = _lines(pair, _removal(pair.rate, 0.0, step, half))
     measures = [_from_least_loss(_dots(left, right, pair.rate), step, offset)]
@@ -130,7 +130,7 @@ def _from_least_loss(dots: Array, step: float, offset: float) -> Measure:
     """The measure through ``dots``, with all that is left of the mass on the least loss."""
     right = _masses(dots, step)
     masses = np.append(max(0.0, 1 - float(right.sum())), right)
-    return _certified(Measure(step, 0, masses, 0.0, offset), np.append(1.0, dots), -1)
+    return _certified(Measure(step, 0, masses, 0.0, offset), np.append(1.0, dots), upper=False)
 
 
 Cells = tuple[Array, Array, Array, Array, Array]
@@ -231,7 +231,7 @@ def _dots(left: Array, right: Array, scale: Array | float) -> Array:
     return np.maximum(dots - dots[-1], 0.0)
 
 
-def _joined(ours: Array, theirs: Array, step: float, sign: int) -> Measure:
+def _joined(ours: Array, theirs: Array, step: float, *, upper: bool) -> Measure:
     """The measure through the dots ``ours`` at ε >= 0 and those of the other direction at ε < 0.
 
     At -ε the dots are 1 - e^-ε + e^-ε theirs(ε).
@@ -248,7 +248,7 @@ def _joined(ours: Array, theirs: Array, step: float, sign: int) -> Measure:
     negative = -np.expm1(-step * np.arange(half, 0, -1)) + decay * theirs[:0:-1]
     wanted = np.concatenate([[1.0], negative, ours])
     return _certified(
-        Measure(step, -half, masses, float(ours[-1]) if sign > 0 else 0.0), wanted, sign
+        Measure(step, -half, masses, float(ours[-1]) if upper else 0.0), wanted, upper=upper
     )
 
 
@@ -290,8 +290,8 @@ def _masses(dots: Array, step: float) -> Array:
     return np.maximum(masses, 0.0)
 
 
-def _certified(measure: Measure, wanted: Array, sign: int) -> Measure:
-    """Scale until the profile is above (sign 1) or below (-1) the dots ``wanted``.
+def _certified(measure: Measure, wanted: Array, *, upper: bool) -> Measure:
+    """Scale until the profile is above (``upper``) or below the dots ``wanted``.
 
     The first entry of ``wanted`` is the whole mass, the profile at x = 0.
     """
@@ -299,7 +299,7 @@ def _certified(measure: Measure, wanted: Array, sign: int) -> Measure:
     found = profile_at_nodes(masses, infinite, measure.step)
     found = np.append(masses.sum() + infinite, found)
     error = 8 * _EPS * len(masses)
-    if sign > 0:
+    if upper:
         # Between two points with mass the profile is a line. It is above a convex function if it
         # is at those points, so the dots that the convex minorant passed by need no check.
         vertex = np.concatenate([[True], masses > 0])
