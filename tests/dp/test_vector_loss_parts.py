@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import mpmath as mp
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import integrate, optimize, stats
 
 from lora_privacy.dp import VectorProjection, _chi_tail, _vector_loss
 from lora_privacy.dp._chi_tail import Rule
@@ -66,6 +66,30 @@ def test_the_norm_of_the_angle(rank: int) -> None:
             mp.loggamma(mp.mpf(rank + 1) / 2) - mp.loggamma(mp.mpf(rank) / 2) - mp.log(mp.pi) / 2
         )
     assert _vector_loss._log_angle_norm(rank) == pytest.approx(float(true), rel=0, abs=3e-13)
+
+
+@pytest.mark.parametrize("k", [1, 2, 9, 800])
+def test_both_norms_integrate_to_where_little_is_left(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To e^-30 of the peak by the bound of each; with e^-1 for it the missing part shows.
+
+    Oracle: quadrature to √2 on either side of the mode of χ, whose curvature is at least 1, and to
+    √(2/(r-1)) for cos^{r-1} θ <= e^{-(r-1)θ²/2}.
+    """
+    monkeypatch.setattr(_chi_tail, "DROP", 1.0)
+    monkeypatch.setattr(_vector_loss, "DROP", 1.0)
+    mode = math.sqrt(k - 1)
+
+    def density(s: float) -> float:
+        return math.exp((k - 1) * math.log(s / mode if k > 1 else 1.0) - (s * s - mode**2) / 2)
+
+    ends = max(0.0, mode - math.sqrt(2)), mode + math.sqrt(2)
+    total = integrate.quad(density, *ends, epsabs=0, epsrel=1e-12)[0]
+    assert _chi_tail.log_chi_norm(k) == pytest.approx(-math.log(total), rel=0, abs=1e-11)
+    end = min(math.pi / 2, math.sqrt(2 / (k - 1)) if k > 1 else 2.0)
+    total = integrate.quad(lambda t: math.cos(t) ** (k - 1), 0, end, epsabs=0, epsrel=1e-12)[0]
+    assert _vector_loss._log_angle_norm(k) == pytest.approx(-math.log(2 * total), rel=0, abs=1e-11)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 9])
