@@ -6,6 +6,7 @@ import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING
 
+from lora_privacy import _digits
 from lora_privacy.audit._binomial import upper_limit
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "number",
     "rate_cell",
     "score_cell",
+    "target_of",
 ]
 
 NONE = "–"
@@ -104,6 +106,15 @@ def score_cell(score: Score) -> str:
     if score.accuracy is None:
         return f"{score.loss:.4f}"
     return interval(score.accuracy, *accuracy_interval(score), scale=100.0, places=1)
+
+
+def target_of(epsilon: float) -> str:
+    """What a price is for: a target met at ``epsilon`` is met at what is shown.
+
+    >>> target_of(8.0), target_of(1.2345644)
+    ('ε ≤ 8', 'ε ≤ 1.23457')
+    """
+    return f"ε ≤ {_digits.at_most(epsilon)}"
 
 
 def median(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_privacy.assess import markup
-from lora_privacy.assess.cells import number
+from lora_privacy.assess.cells import number, target_of
 from lora_privacy.assess.citations import citations
 from lora_privacy.assess.escaping import html_text
 from lora_privacy.assess.report_tables import (
@@ -65,7 +65,7 @@ def sections(result: Assessment, figures: Mapping[str, Drawing]) -> str:
 
 
 def _privacy(result: Assessment, figures: Mapping[str, Drawing]) -> str:
-    target = f"ε ≤ {result.config.epsilon:g}"
+    target = target_of(result.config.epsilon)
     return "\n".join(
         [
             markup.table(privacy_table(result), "Privacy of each method"),

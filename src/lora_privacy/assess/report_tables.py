@@ -13,6 +13,7 @@ from lora_privacy.assess.cells import (
     number,
     rate_cell,
     score_cell,
+    target_of,
 )
 from lora_privacy.assess.methods import recipe_of
 from lora_privacy.assess.tables import (
@@ -99,7 +100,7 @@ def privacy_table(result: Assessment) -> Table:
         "sampling rate",
         "private steps",
         "evidence: attacks show ε ≥",
-        f"price: noise multiplier for ε ≤ {config.epsilon:g}",
+        f"price: noise multiplier for {target_of(config.epsilon)}",
         "reading, not a guarantee: implied ε",
         "reading, not a guarantee: most flattering ε",
     )

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_privacy._notebook import frame
-from lora_privacy.assess.cells import NONE, at_least, at_most, number, rate_cell, score_cell
+from lora_privacy.assess.cells import (
+    NONE,
+    at_least,
+    at_most,
+    number,
+    rate_cell,
+    score_cell,
+    target_of,
+)
 from lora_privacy.assess.escaping import markdown_cell
 from lora_privacy.noise.table import JL_FAILURE
 
@@ -62,7 +70,7 @@ def main_table(result: Assessment) -> Table:
         "attacks show ε ≥",
         "RMIA AUC",
         "held-out loss, nats" if causal else "held-out accuracy, %",
-        f"noise for ε ≤ {result.config.epsilon:g}",
+        f"noise for {target_of(result.config.epsilon)}",
         "implied ε (a reading, no guarantee)",
     )
     rows = tuple(

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lora_privacy.assess.cells import at_least, at_most, interval, median, number
+from lora_privacy.assess.cells import at_least, at_most, interval, median, number, target_of
 from lora_privacy.assess.methods import recipe_of
 from lora_privacy.audit.result import confidence
 
@@ -188,7 +188,7 @@ def _secrets(found: SecretsResult) -> Iterator[str]:
 
 
 def _price(method: MethodResult, config: AssessConfig) -> Statement:
-    target = f"ε ≤ {config.epsilon:g}"
+    target = target_of(config.epsilon)
     plan = method.price
     if plan is None:
         return Statement("Price", f"No noise within reach would buy {target}.")
