@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,34 @@ def test_each_record_enters_by_its_own_coin() -> None:
     assert np.abs(z).max() < 5
     both = (taken[:, 0] * taken[:, 1]).mean()
     assert abs(both - 0.01) < 5 * np.sqrt(0.01 / 4000)
+
+
+class Coins:
+    """Stands for a source of randomness: these coins, one a record."""
+
+    def __init__(self, *coins: float) -> None:
+        self.coins = np.array(coins)
+
+    def uniform(self, size: int, *purpose: str | int) -> np.ndarray:
+        assert size == len(self.coins)
+        return self.coins
+
+
+def test_a_record_enters_at_most_with_the_stated_probability() -> None:
+    """Coins are multiples of 2⁻⁵³, each equally likely: so many lie below q, and no more.
+
+    Before, ⌈q·2⁵³⌉ did: at q = 1e-17 a record entered eleven times as often as was accounted.
+    """
+
+    def entered(rate: float, *coins: float) -> list[int]:
+        control = Recorder(sample_rate=rate, randomness=Coins(*coins))
+        return PoissonLoader(DataLoader(dataset(len(coins))), None, control).indices(0).tolist()
+
+    for rate in (0.1, 1 / 3, 1e-15, 2.0**-53, 1e-17):
+        count = int(Fraction(rate) * 2**53)  # rounded down
+        coins = (count * 2.0**-53, max(0, count - 1) * 2.0**-53, 0.0)
+        assert entered(rate, *coins) == ([1, 2] if count else []), rate
+    assert entered(1.0, 1 - 2.0**-53, 0.0) == [0, 1]
 
 
 def test_parts_make_up_the_batch() -> None:

@@ -202,7 +202,8 @@ class PoissonLoader:
             del self._drawn[taken]
         if step not in self._drawn:
             coins = self._control.randomness.uniform(self._size, "coins", step)
-            rows = np.flatnonzero(coins < self._control.sample_rate)
+            # At most with probability q: coins are multiples of 2⁻⁵³, and q is none.
+            rows = np.flatnonzero(coins + 2.0**-53 <= self._control.sample_rate)
             rank, size = self._share
             self._drawn[step] = rows[rows % size == rank]
         return self._drawn[step]
