@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from lora_privacy.errors import NonFiniteError, UnsupportedLawError
+from lora_privacy.noise import bounds
 from lora_privacy.noise._stirling import digamma_remainder, log_gamma_remainder
 from lora_privacy.noise.bounds import berry_esseen_bound, lyapunov_ratio, tv_bound
+from lora_privacy.noise.distance import round_up
 from lora_privacy.noise.entry import EntryNoise
 from lora_privacy.noise.gaussianity import Variance, kolmogorov_to_gaussian, tv_to_gaussian
 
@@ -267,3 +269,64 @@ def test_bound_prints_rounded_up() -> None:
     """Six digits, never below the value: .0455716106 prints as .0455717."""
     text = str(tv_bound(EntryNoise(8)))
     assert "≤ 0.0455717 (proved upper bound, Taylor expansion of a Gaussian mixture)" in text
+
+
+@pytest.mark.parametrize("rho", [0.4, 0.99])
+def test_the_third_moment_of_one_term(rho: float) -> None:
+    """Oracle: E|ξ|³ given z, where ξ ~ N(ρ(z² − 1), (1 − ρ²)z²), over z in mpmath; 1e-12."""
+    with mp.workdps(20):
+        p = mp.mpf(rho)
+        a = mp.sqrt(1 - p * p)
+
+        def term(z: mp.mpf) -> mp.mpf:
+            mean, std = p * abs(z * z - 1), a * z
+            t = mean / std
+            cube = mean * (mean**2 + 3 * std**2) * mp.erf(t / mp.sqrt(2))
+            return 2 * mp.npdf(z) * (cube + 2 * std * (mean**2 + 2 * std**2) * mp.npdf(t))
+
+        near = [1 - 2 * a, 1 - a / 4, 1, 1 + a / 4, 1 + 2 * a]
+        points = [0, *[x for x in near if x > 0], 3, 5, 8, 14]
+        expected = mp.quad(term, sorted(points), maxdegree=4) / (1 + p * p) ** mp.mpf("1.5")
+    assert bounds._third_moment_ratio(rho) == pytest.approx(float(expected), rel=1e-12, abs=0)
+
+
+def test_the_third_moment_at_the_ends() -> None:
+    """Of a product of two Gaussians, 8/π, and of z² − 1, by mpmath; 1e-14."""
+    assert bounds._third_moment_ratio(0.0) == pytest.approx(8 / math.pi, rel=1e-14)
+    with mp.workdps(30):
+        cube = 2 * mp.quad(lambda z: abs(z * z - 1) ** 3 * mp.npdf(z), [0, 1, 4, 10, 20])
+        expected = float(cube / mp.sqrt(8))
+    assert bounds._third_moment_ratio(1.0) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("rho", [1e-12, 9e-9, 1.1e-8])
+def test_two_gaussians_that_hardly_differ(rho: float) -> None:
+    """Never below the distance, and above it by 4 % at most where its crossing would cancel."""
+    with mp.workdps(60):
+        square = mp.mpf(rho) ** 2
+        cut = mp.sqrt((1 + 1 / square) * mp.log1p(square))
+        true = mp.erf(cut / mp.sqrt(2)) - mp.erf(cut / mp.sqrt(2 * (1 + square)))
+    found = bounds._between_gaussians(rho)
+    if rho < 1e-8:
+        assert true <= found <= mp.mpf("1.04") * true
+    else:
+        assert abs(found - true) < 2e-16
+
+
+def test_a_published_bound_takes_the_lesser_way() -> None:
+    """What the other variance adds, to a distance or to an entropy: each is less somewhere."""
+    ways = set[bool]()
+    for rank, rho in ((1, 1.0), (8, 0.9), (10**6, 0.05), (100, 0.999)):
+        entropy = bounds._pinsker(rank)
+        moved = math.sqrt(entropy**2 + (rho**2 - math.log1p(rho**2)) / 4)
+        added = entropy + bounds._between_gaussians(rho)
+        found = tv_bound(EntryNoise(rank, 1.0, rho), "published").value
+        assert found <= min(moved, added) * (1 + 2e-10)
+        ways.add(moved < added)
+    assert ways == {True, False}
+
+
+def test_a_value_is_rounded_up_by_its_margin() -> None:
+    """1e-10 of it, and one step at least."""
+    assert round_up(0.3) == pytest.approx(0.3 * (1 + 1e-10), rel=1e-15)
+    assert round_up(5e-324) > 5e-324

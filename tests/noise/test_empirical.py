@@ -103,6 +103,58 @@ def test_blocks_do_not_change_the_law(law: LawName, monkeypatch: pytest.MonkeyPa
     assert stats.ks_2samp(small.round(9), defined(law, 3, ROW, 0, 20_000).round(9)).pvalue > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("block", "sizes"), [(24, [4] * 6 + [3]), (15, [3] * 9), (7, [1] * 27), (2, [1] * 27)]
+)
+def test_blocks_hold_what_memory_allows(
+    block: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine draws of rank 3 and five inputs, so many products at a time, and so many entries of A.
+
+    What comes out is the mean over the rows a of A of a_i (a·q), less q_i.
+    """
+    drawn, unit = list[Array](), ROW / np.linalg.norm(ROW)
+
+    def entries(_law: str, shape: tuple[int, int], rng: np.random.Generator) -> Array:
+        drawn.append(rng.standard_normal(shape))
+        return drawn[-1]
+
+    monkeypatch.setattr(empirical, "_BLOCK", block)
+    monkeypatch.setattr(empirical, "_entries", entries)
+    found = empirical._independent("uniform", 3, unit, 1, 9, np.random.default_rng(0))
+    a = np.concatenate(drawn).reshape(9, 3, 5)
+    assert found == pytest.approx(np.einsum("sk,sk->s", a @ unit, a[:, :, 1]) / 3 - unit[1])
+    # 24: eight draws, which are 24 rows in blocks of four, and then one more draw.
+    assert [len(rows) for rows in drawn] == sizes
+
+
+def test_a_sign_costs_a_bit() -> None:
+    """Signs of 3 × 7 entries are the first 21 bits of three bytes."""
+    rng, twin = np.random.default_rng(5), np.random.default_rng(5)
+    signs = empirical._entries("rademacher", (3, 7), rng)
+    bits = "".join(f"{byte:08b}" for byte in twin.bytes(3))
+    assert signs.ravel().tolist() == [1.0 if bit == "1" else -1.0 for bit in bits[:21]]
+    assert rng.bit_generator.state == twin.bit_generator.state
+
+
+def test_uniform_entries_have_variance_one() -> None:
+    """On ±√3: 100,000 draws reach both ends to 1e-3, and no further."""
+    draws = empirical._entries("uniform", (1000, 100), np.random.default_rng(6))
+    assert draws.shape == (1000, 100)
+    assert -math.sqrt(3) <= draws.min() < -math.sqrt(3) + 1e-3
+    assert math.sqrt(3) - 1e-3 < draws.max() < math.sqrt(3)
+
+
+def test_a_cosine_above_one_by_rounding_leaves_no_rest() -> None:
+    """With one entry the noise is q (S - 1), or q (mβ/r - 1), and no root of a negative number."""
+    rho = math.nextafter(1.0, 2.0)
+    s = np.random.default_rng(7).chisquare(3, 50) / 3
+    assert empirical._gaussian(3, rho, 50, np.random.default_rng(7)) == pytest.approx(s - 1)
+    beta = np.random.default_rng(7).beta(1.5, 1.0, 50)
+    noise = empirical._orthonormal(3, 5, rho, 50, np.random.default_rng(7))
+    assert noise == pytest.approx(beta * 5 / 3 - 1)
+
+
 def test_full_rank_orthonormal_noise_is_zero() -> None:
     """(m/r) P = I at r = m."""
     noise = EmpiricalNoise("orthonormal", 5, ROW, 0, 100, np.random.default_rng(0))

@@ -8,7 +8,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 
-from lora_privacy.noise import jl_distortion, jl_failure, jl_probability
+from lora_privacy.noise import jl, jl_distortion, jl_failure, jl_probability
 
 
 def exact_failure(rank: int, distortion: float) -> mp.mpf:
@@ -65,6 +65,31 @@ def test_distortion_is_the_least_that_keeps_the_failure(
     """It holds at τ and fails 1e-11 below it."""
     tau = jl_distortion(rank, failure, vectors)
     assert jl_failure(rank, tau, vectors) <= failure < jl_failure(rank, tau * (1 - 1e-11), vectors)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_a_distortion_costs_a_halving_a_bit(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value, or two where τ is above 1, and as many as take the bracket below 1e-13 of τ."""
+    inner, calls = jl.jl_failure, list[float]()
+
+    def count(rank: int, distortion: float, vectors: int) -> float:
+        calls.append(distortion)
+        return inner(rank, distortion, vectors)
+
+    monkeypatch.setattr(jl, "jl_failure", count)
+    tau = jl_distortion(rank, 0.05)
+    doubled = math.ceil(max(math.log2(tau), 0.0))
+    halvings = math.ceil(math.log2(2.0 ** max(doubled - 1, 0) / (1e-13 * tau)))
+    assert calls[: 1 + doubled] == [2.0**i for i in range(1 + doubled)]
+    assert len(calls) == 1 + doubled + halvings
+
+
+def test_what_cannot_fail_has_probability_one() -> None:
+    """At τ = 100 both tails are below the smallest double; at τ = 7 they are not."""
+    assert jl_failure(8, 100.0) == 0.0
+    assert jl_probability(8, 100.0) == 1.0
+    assert 0.0 < jl_failure(8, 7.0) < 1e-40
+    assert jl_probability(8, 7.0) == math.nextafter(1.0, 0.0)
 
 
 def test_no_distortion_below_one_for_a_layer_at_rank_8() -> None:

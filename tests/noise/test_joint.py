@@ -2,11 +2,13 @@
 
 import math
 
+import mpmath as mp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
-from lora_privacy.errors import NonFiniteError
+from lora_privacy.errors import ConvergenceError, NonFiniteError
+from lora_privacy.noise import joint
 from lora_privacy.noise.joint import joint_tv_to_gaussian, matrix_tv_to_gaussian
 
 # Theory 2.6, published covariance, five decimals.
@@ -163,8 +165,10 @@ def test_bad_input_is_named() -> None:
         matrix_tv_to_gaussian([[1.0, math.nan], [1.0, 2.0]], 4)
     with pytest.raises(ValueError, match="non-zero row"):
         matrix_tv_to_gaussian(np.zeros((2, 3)), 4)
-    with pytest.raises(ValueError, match="must be a matrix"):
-        matrix_tv_to_gaussian([1.0, 2.0], 4)
+    for bad in ([1.0, 2.0], np.zeros((0, 3)), np.zeros((3, 0)), np.zeros((2, 2, 2))):
+        with pytest.raises(ValueError, match="must be a matrix"):
+            matrix_tv_to_gaussian(bad, 4)
+    assert matrix_tv_to_gaussian([[7.0]], 4) == joint_tv_to_gaussian(4, 1)
 
 
 def test_distance_prints_for_a_paper() -> None:
@@ -175,3 +179,109 @@ def test_distance_prints_for_a_paper() -> None:
         "to N(0, ‖q‖²I/8) = 0.397584 (±1e-12, "
     )
     assert distance.to_dict()["references"] == ["p1-implicit-2024", "muirhead-1982"]
+
+
+@pytest.mark.parametrize("along", [1.0, 2.0])
+@pytest.mark.parametrize(("rank", "perpendicular"), [(1, 0), (2, 1), (8, 5), (64, 300)])
+def test_the_inner_integral_is_over_the_positive_part(
+    rank: int, perpendicular: int, along: float
+) -> None:
+    """∫(p − q)₊ dw at one S, times S. Oracle: both laws by mpmath, cut where they cross; 1e-10.
+
+    Where p > q nowhere it is 0; both happen on both sides of S = 1.
+    """
+    positive = set[bool]()
+    for y in np.array([-1.7, -0.6, -0.05, 0.04, 0.3, 1.1]) * 2 / math.sqrt(rank):
+        found = float(joint._excess(np.array([y]), rank, perpendicular, along)[0])
+        with mp.workdps(30):
+            s, k, half = mp.exp(mp.mpf(y)), mp.mpf(rank) / 2, mp.mpf(perpendicular) / 2
+            p = k**k * s ** (k - 1) * mp.exp(-k * s) / mp.gamma(k)
+            q = mp.npdf(s, 1, mp.sqrt(mp.mpf(along) / rank))
+            if perpendicular:
+                # ln(p f(w/s)/s) − ln(q f(w)) = 0 at w, f the density of χ² of d freedoms
+                w = (mp.log(p / q) - half * mp.log(s)) / ((1 / s - 1) / 2)
+                below = [mp.gammainc(half, 0, max(w, 0) / 2 / c, regularized=True) for c in (s, 1)]
+                part = [b if s < 1 else 1 - b for b in below]
+                p, q = p * part[0], q * part[1]
+            expected = float(max(p - q, 0) * s)
+        positive.add(expected > 0)
+        assert found == pytest.approx(expected, rel=1e-10, abs=1e-14)
+    assert True in positive
+
+
+@pytest.mark.parametrize("rank", [1, 8, 5000])
+def test_the_range_leaves_out_a_mass_of_1e_17(rank: int) -> None:
+    """On each side, of the scale S ~ χ²_r/r; scipy's χ² at its ends, 1e-6."""
+    for m in (1, 100):
+        edges = joint._panels(rank, m, 2.0)
+        ends = rank * np.exp(edges[[0, -1]])
+        assert special.chdtr(rank, ends[0]) == pytest.approx(1e-17, rel=1e-6)
+        assert special.chdtrc(rank, ends[1]) == pytest.approx(1e-17, rel=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "perpendicular"), [(1, 0), (8, 63), (64, 52_000), (4000, 10)])
+def test_panels_are_narrow_at_the_middle(rank: int, perpendicular: int) -> None:
+    """2⁻¹⁶ of the lesser of r^-1/2 and m^-1/2 next to S = 1, growing by √2, and at most .5."""
+    edges = joint._panels(rank, perpendicular, 1.0)
+    width = np.diff(edges)
+    scale = 1 / math.sqrt(max(rank, perpendicular))
+    assert np.all(width >= 0)
+    assert width.max() <= 0.5 * (1 + 1e-12)
+    assert 0.0 in edges
+    assert np.abs(edges)[edges != 0].min() == pytest.approx(scale / 2**16, rel=1e-12)
+    outer = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1]))
+    inner = np.minimum(np.abs(edges[1:]), np.abs(edges[:-1]))
+    near = (outer < 0.4) & (inner > 0)
+    assert np.all(outer[near] <= math.sqrt(2) * inner[near] * (1 + 1e-12))
+
+
+@pytest.mark.parametrize("along", [1.0, 2.0])
+def test_panels_crowd_at_the_kinks(along: float) -> None:
+    """Where the ratio at w = 0 is 1, found to rounding; ten edges on each side, six times nearer.
+
+    Oracle: the log ratio from the densities of χ² and the Gaussian.
+    """
+    rank, d = 8, 5
+    edges = np.linspace(-3.0, 2.5, 12)
+    kinks = np.sort(joint._kinks(edges, rank, d, along))
+
+    def ratio(y: float) -> float:
+        s = math.exp(y)
+        log_p = stats.gamma.logpdf(s, rank / 2, scale=2 / rank)
+        return float(log_p - stats.norm.logpdf(s, 1, math.sqrt(along / rank)) - d / 2 * y)
+
+    sign = np.sign([ratio(y) for y in edges])
+    cells = np.flatnonzero(sign[1:] != sign[:-1])
+    assert cells.size > 0
+    assert kinks.size == 21 * cells.size
+    for i in cells:
+        mine = kinks[(kinks > edges[i]) & (kinks < edges[i + 1])]
+        root = mine[10]
+        assert ratio(root - 1e-9) * ratio(root + 1e-9) < 0
+        assert root - mine[9::-1] == pytest.approx((root - edges[i]) / 6.0 ** np.arange(10, 0, -1))
+        assert mine[11:] - root == pytest.approx(
+            (edges[i + 1] - root) / 6.0 ** np.arange(10, 0, -1)
+        )
+
+
+def test_the_error_is_what_two_rules_differ_by_and_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is at most 1e-8; the distance is at most 1, which a quadrature may exceed."""
+    for fine, coarse, error in ((0.5, 0.5 - 3e-10, 3.01e-10), (0.5, 0.5, 1e-12)):
+        rules = {20: fine, 13: coarse}
+        monkeypatch.setattr(joint, "_integrate", lambda _, nodes, *__, r=rules: r[nodes])
+        found = joint_tv_to_gaussian(8, 4)
+        assert found.value == fine
+        assert found.error == pytest.approx(error, rel=1e-6)
+    monkeypatch.setattr(joint, "_integrate", lambda *_: 1.0 + 1e-9)
+    assert joint_tv_to_gaussian(8, 4).value == 1.0
+    for miss, fails in ((0.99e-8, False), (1.01e-8, True)):
+        monkeypatch.setattr(joint, "_integrate", lambda _, nodes, *__, m=miss: m * (nodes == 20))
+        if fails:
+            with pytest.raises(
+                ConvergenceError, match=r"rank 8 with 4 inputs .* error of 1\.0e-08"
+            ):
+                joint_tv_to_gaussian(8, 4)
+        else:
+            assert joint_tv_to_gaussian(8, 4).value == miss

@@ -12,7 +12,20 @@ import mpmath as mp
 import numpy as np
 import pytest
 
-from lora_privacy.noise import _density, _stirling
+from lora_privacy.errors import ConvergenceError
+from lora_privacy.noise import (
+    EntryNoise,
+    _crossings,
+    _density,
+    _stirling,
+    entry,
+    gaussianity,
+    kl_to_gaussian,
+    kolmogorov_to_gaussian,
+    maximal_coupling,
+    tv_of_entries,
+    tv_to_gaussian,
+)
 from lora_privacy.noise._density import chi_square_logpdf
 
 
@@ -195,3 +208,352 @@ def test_the_series_starts_as_late_as_it_must() -> None:
     assert left_out[16.0] < 3e-13 < left_out[15.0]
     assert _stirling._SERIES_FROM in left_out
     assert left_out[_stirling._SERIES_FROM] < 3e-13
+
+
+def test_the_grid_of_crossings() -> None:
+    """Eight points a standard deviation, as far out on both sides as the mass is 4e-33."""
+    grid = _crossings._GRID
+    assert np.diff(grid).tolist() == [0.125] * (grid.size - 1)
+    assert grid[0] == -grid[-1]
+    assert math.erfc(grid[-1] / math.sqrt(2)) == pytest.approx(4e-33, rel=0.2)
+
+
+def test_the_grid_crowds_at_the_spike() -> None:
+    """Half a decade apart on both sides of it, from one standard deviation to 3e-14 of one."""
+    near = np.sort(_crossings._NEAR)
+    assert (-near[::-1]).tolist() == near.tolist()
+    right = near[near > 0]
+    assert right[1:] / right[:-1] == pytest.approx(math.sqrt(10), rel=1e-12)
+    assert right[-1] == 1.0
+    assert right[0] == pytest.approx(math.sqrt(10) * 1e-14, rel=1e-12)
+
+
+Array = np.ndarray
+ONE = np.array([1.0])
+ROOTS = (-3.30, -1.17, 0.71, 2.93, 4.44)
+
+
+def replace_ratio(
+    monkeypatch: pytest.MonkeyPatch, h: Callable[[Array, Array], Array]
+) -> list[Array]:
+    """Put h(x, ρ) in place of the log ratio; where it was evaluated, call by call."""
+    seen = list[Array]()
+
+    def ratio(_rank: int, rho: Array, _std: Array, x: Array) -> Array:
+        seen.append(x)
+        return h(x, rho)
+
+    monkeypatch.setattr(_crossings, "log_ratio", ratio)
+    return seen
+
+
+def through(roots: tuple[float, ...], x: Array) -> Array:
+    """A polynomial with these roots: no positive minimum, and no negative maximum."""
+    return np.prod([x - root for root in roots], axis=0) if roots else np.ones(x.shape)
+
+
+@pytest.mark.parametrize("first", [1.0, -1.0])
+@pytest.mark.parametrize("count", range(6))
+@pytest.mark.parametrize("matched", [True, False])
+def test_which_numbers_of_crossings_are_accepted(
+    first: float, count: int, matched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 1.2: four, or also two of unequal variances, where both ends are positive.
+
+    Where the grid ends before the last ones, one to three are left on it.
+    """
+    roots = ROOTS[:count]
+    closed = first > 0 and count % 2 == 0
+    allowed = ({4} if matched else {2, 4}) if closed else {1, 2, 3}
+    replace_ratio(monkeypatch, lambda x, _: first * through(roots, x))
+    if count not in allowed:
+        with pytest.raises(ConvergenceError, match=f"at rank=8, ρ=0 .*, found {count};"):
+            _crossings.signed_crossings(8, 0 * ONE, ONE, matched=matched)
+        return
+    cuts = _crossings.signed_crossings(8, 0 * ONE, ONE, matched=matched)
+    wanted = [*roots, *[roots[-1]] * (4 - count)]
+    assert cuts[0] == pytest.approx(wanted, rel=0, abs=2**-30)
+
+
+def test_crossings_of_two_laws_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with four and with two, each in its own scale, by 26 halvings of cells of 1/8."""
+    seen = replace_ratio(
+        monkeypatch,
+        lambda x, rho: np.where(rho == 0.1, through(ROOTS[:4], x), through((-2.1, 6.2), x)),
+    )
+    rho, std = np.array([0.1, 0.2]), np.array([1.0, 2.0])
+    cuts = _crossings.signed_crossings(8, rho, std, matched=False)
+    assert cuts[0] == pytest.approx(ROOTS[:4], rel=0, abs=2**-30)
+    assert cuts[1] == pytest.approx([-2.1, 6.2, 6.2, 6.2], rel=0, abs=2**-29)
+    assert [x.size for x in seen] == [2 * 193, *[6] * 26]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_only_low_ranks_have_a_spike(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 has a pole and rank 2 a kink at x = -ρ; there the grid has 56 points more."""
+    seen = replace_ratio(monkeypatch, lambda x, _: through(ROOTS[:4], x))
+    _crossings.signed_crossings(rank, 0.5 * ONE, ONE, matched=True)
+    grid = seen[0][0]
+    assert np.all(np.diff(grid) >= 0)
+    near = grid[np.abs(grid + 0.5) < 0.1]
+    assert (near.size, grid.size) == ((53, 249) if rank <= 2 else (1, 193))
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_extrema_are_found_where_they_are(side: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 30 golden sections of an interval of 2 the last point is within 5.4e-7 of the extremum.
+
+    Only positive minima and negative maxima move, and only they; twice 30 values and one.
+    """
+    seen = replace_ratio(monkeypatch, lambda x, _: side * (1e-3 + np.abs(x - places)))
+    places = np.random.default_rng(1).uniform(-0.95, 0.95, 40)
+    x = np.tile([-1.0, 0.0, 1.0], (40, 1))
+    h = side * np.tile([2.0, 0.5, 2.0], (40, 1))
+    moved, height = _crossings._sharpen(8, np.zeros((40, 1)), np.ones((40, 1)), x, h)
+    miss = np.abs(moved[:, 1] - places)
+    assert miss.max() <= ((math.sqrt(5) - 1) / 2) ** 30
+    assert miss.max() > 0.5 * ((math.sqrt(5) - 1) / 2) ** 30
+    assert height[:, 1] == pytest.approx(side * (1e-3 + miss), rel=1e-9)
+    assert len(seen) == 61
+    assert np.array_equal(moved[:, [0, 2]], x[:, [0, 2]])
+    assert np.array_equal(height[:, [0, 2]], h[:, [0, 2]])
+    assert x[0].tolist() == [-1.0, 0.0, 1.0]  # the arguments are left alone
+
+
+@pytest.mark.parametrize(
+    "h",
+    [
+        [2.0, 3.0, 2.0],  # a positive maximum
+        [-2.0, -3.0, -2.0],  # a negative minimum
+        [2.0, -0.5, 2.0],  # a minimum that is negative already
+        [-2.0, 0.5, -2.0],
+        [1.0, 2.0, 3.0],
+        [3.0, 2.0, 1.0],
+        [-1.0, -2.0, -3.0],
+        [-3.0, -2.0, -1.0],
+        [-math.inf, -math.inf, -math.inf],  # outside the support
+    ],
+)
+def test_nothing_else_is_sharpened(h: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = replace_ratio(monkeypatch, lambda x, _: np.abs(x))
+    x = np.array([[-1.0, 0.0, 1.0]])
+    moved, height = _crossings._sharpen(8, 0 * ONE, ONE, x, np.array([h]))
+    assert (moved.tolist(), height.tolist()) == (x.tolist(), [h])
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "h", [[0.5, 0.5, 2.0], [2.0, 0.5, 0.5], [-0.5, -0.5, -2.0], [-2, -0.5, -0.5]]
+)
+def test_a_tie_is_an_extremum(h: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extremum between two grid points of one height belongs to both."""
+    replace_ratio(monkeypatch, lambda x, _: math.copysign(1.0, h[0]) * (x - 0.1) ** 2)
+    x = np.array([[-1.0, 0.0, 1.0]])
+    moved, _ = _crossings._sharpen(8, 0 * ONE[:, None], ONE[:, None], x, np.array([h]))
+    assert moved[0, 1] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_a_close_pair_of_crossings_does_not_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them 1e-3 apart, in one cell of the grid."""
+    replace_ratio(monkeypatch, lambda x, _: through((0.51, 0.511), x))
+    cuts = _crossings.signed_crossings(8, 0 * ONE, ONE, matched=False)
+    assert cuts[0] == pytest.approx([0.51, 0.511, 0.511, 0.511], rel=0, abs=1e-9)
+
+
+def test_the_log_ratio_is_that_of_two_densities() -> None:
+    """Both inside and at ρ = 1, where the entry is a scaled χ²: 1e-13."""
+    for rho, law in ((0.3, EntryNoise(5, 1.0, 0.3)), (1.0, EntryNoise(5, 1.0, 1.0))):
+        x, std = np.array([-0.7, 0.2, 1.9]), 0.6
+        normal = -0.5 * (x / std) ** 2 - math.log(std) - math.log(2 * math.pi) / 2
+        ratio = _crossings.log_ratio(5, np.array(rho), np.array(std), x)
+        assert ratio == pytest.approx(law.logpdf(x) - normal, rel=1e-13, abs=1e-13)
+
+
+def test_gaps_of_distribution_functions() -> None:
+    """Rows with ρ = 1 and below it at once; no mass below the support, nor Gaussian mass lost."""
+    x = np.array([[-1.5, -0.4], [-1.5, 0.8]])
+    gaps = _crossings.cdf_gaps(4, np.array([1.0, 0.2]), np.array([0.7, 0.5]), x)
+    for row, (rho, std) in enumerate(((1.0, 0.7), (0.2, 0.5))):
+        normal = [0.5 * math.erfc(-v / std / math.sqrt(2)) for v in x[row]]
+        expected = EntryNoise(4, 1.0, rho).cdf(x[row]) - normal
+        assert gaps[row] == pytest.approx(expected, rel=0, abs=1e-15)
+    assert gaps[0, 0] == pytest.approx(-0.5 * math.erfc(1.5 / 0.7 / math.sqrt(2)), rel=1e-13)
+
+
+def test_the_error_of_a_distance_covers_ten_distribution_functions() -> None:
+    """Each is accurate to 1e-14."""
+    for distance in (tv_to_gaussian, kolmogorov_to_gaussian):
+        assert distance(EntryNoise(8)).error == pytest.approx(10 * 1e-14)
+    assert kl_to_gaussian(EntryNoise(8, 1.0, 1.0)).error == 1e-14
+
+
+@pytest.mark.parametrize(("value", "miss"), [(1e-3, 0.0), (1e-22, 0.0), (0.3, 1e-9), (0.3, -1e-9)])
+def test_the_error_of_an_entropy(
+    value: float, miss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times what the rules differ by, and what 1e-14 of h does to h²/2, and 1e-12 of it."""
+    rules = {20: value, 14: value - miss}
+    monkeypatch.setattr(gaussianity, "_kl_sum", lambda _edges, nodes, *_: rules[nodes])
+    distance = kl_to_gaussian(EntryNoise(8))
+    ratio = math.sqrt(2 * value)  # of a size that gives value = h²/2
+    expected = 4e-9 * (miss != 0) + 1e-14 * ratio + 1e-12 * value
+    assert distance.value == value
+    assert distance.error == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_entropy_that_its_rules_differ_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By more than 1e-7 of it there is none; next to 0 the difference may be 1e-20."""
+    for value, miss, fails in (
+        (0.5, 0.49e-7, False),
+        (0.5, 0.51e-7, True),
+        (1e-30, 0.9e-20, False),
+        (1e-30, 1.1e-20, True),
+    ):
+        rules = {20: value, 14: value + miss}
+        monkeypatch.setattr(gaussianity, "_kl_sum", lambda _e, nodes, *_, r=rules: r[nodes])
+        if fails:
+            with pytest.raises(ConvergenceError, match="must be accurate to 1e-07 relative"):
+                kl_to_gaussian(EntryNoise(8))
+        else:
+            assert kl_to_gaussian(EntryNoise(8)).value == value
+
+
+@pytest.mark.parametrize(("rank", "rho"), [(1, 0.0), (1, 1 - 1e-9), (8, 0.3), (10**6, 0.5)])
+def test_panels_of_an_entropy(rank: int, rho: float) -> None:
+    """Half σ wide in the bulk of 14 σ, a tenth of x beyond, halved towards the spike.
+
+    They end 50 decay lengths of the slower tail, (1 + ρ)/r each, after the bulk.
+    """
+    std = math.sqrt((1 + rho**2) / rank)
+    edges = gaussianity._kl_panels(rho, std, rank)
+    assert edges[-1] == -edges[0] == pytest.approx(14 * std + 50 * (1 + rho) / rank, rel=1e-14)
+    width, inner = np.diff(edges), np.minimum(np.abs(edges[1:]), np.abs(edges[:-1]))
+    assert width.min() > 0
+    assert np.all(width <= np.maximum(0.5 * std, 0.1 * inner) * (1 + 1e-12))
+    assert np.isin(np.arange(-28, 29) * 0.5 * std, edges).all()
+    if rho < edges[-1]:
+        near = np.sort(np.abs(edges + rho))
+        assert near[0] == 0.0
+        assert np.isin(-rho + std * 2.0 ** -np.arange(49), edges).all()
+        assert np.isin(-rho - std * 2.0 ** -np.arange(49), edges).all()
+
+
+def test_the_entropy_of_two_gaussians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """∫p ln(p/φ) = ln(σ/s) + (s²/σ² − 1)/2 for N(0, s²) against N(0, σ²), also far apart; 1e-12.
+
+    Where p is infinite at a node, that node counts for nothing.
+    """
+    edges = np.arange(-40.0, 41.0, 2.0)
+    for s in (1.0 + 1e-6, 0.999, 0.5, 2.0, 3.0):
+
+        def log_p(_rank: int, _rho: Array, x: Array, s: float = s) -> Array:
+            return -0.5 * (x / s) ** 2 - math.log(s) - math.log(2 * math.pi) / 2
+
+        monkeypatch.setattr(gaussianity, "log_density", log_p)
+        expected = -math.log(s) + (s * s - 1) / 2
+        value = gaussianity._kl_sum(edges, 20, 8, 0.0, 1.0)
+        assert value == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+    monkeypatch.setattr(gaussianity, "log_density", lambda _r, _p, x: np.full(x.shape, math.inf))
+    assert gaussianity._kl_sum(edges, 20, 8, 0.0, 1.0) == pytest.approx(1.0, rel=1e-13)
+    monkeypatch.setattr(gaussianity, "log_density", lambda _r, _p, x: np.full(x.shape, -math.inf))
+    assert gaussianity._kl_sum(edges, 20, 8, 0.0, 1.0) == pytest.approx(1.0, rel=1e-13)
+
+
+@pytest.mark.parametrize(("size", "computed"), [(64, 64), (65, 17)])
+def test_a_short_row_is_computed_one_by_one(
+    size: int, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to four times the degree of the series; from then on by its 17 nodes."""
+    inner, seen = gaussianity._tv, list[int]()
+
+    def count(rho: Array, *rest: object) -> Array:
+        seen.append(rho.size)
+        return inner(rho, *rest)
+
+    monkeypatch.setattr(gaussianity, "_tv", count)
+    row = 1.0 + np.arange(size) * 1e-4
+    tv_of_entries(row, 8)
+    assert seen == [computed]
+
+
+def test_ratios_above_the_limit_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those above .15 of the norm, at most 44 of any row; the others of a long row by series."""
+    alone, series = list[Array](), list[Array]()
+    monkeypatch.setattr(gaussianity, "_tv", lambda rho, *_: alone.append(rho) or rho)
+    monkeypatch.setattr(gaussianity, "_interpolate", lambda rho, *_: series.append(rho) or rho)
+    row = np.concatenate([np.arange(1.0, 200.0), [1500.0, 1400.0, 360.0, 330.0]])
+    ratio = np.abs(row) / np.linalg.norm(row)
+    assert tv_of_entries(-row, 8) == pytest.approx(ratio, rel=1e-14)
+    assert np.sort(np.concatenate(alone)) == pytest.approx(np.sort(ratio[ratio > 0.15]))
+    assert series[0].size == np.count_nonzero(ratio <= 0.15) > 199
+    assert alone[0].size in (2, 3)
+
+
+def test_draws_of_a_coupling_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at a time as leave those that are wanted in the mean, and 2¹⁸ at most."""
+
+    class Counting(np.random.Generator):
+        def __init__(self) -> None:
+            super().__init__(np.random.PCG64(1))
+            self.sizes = list[int]()
+
+        def standard_normal(self, size: int) -> Array:  # type: ignore[override]
+            self.sizes.append(size)
+            return super().standard_normal(size)
+
+    rng = Counting()
+    law, size = EntryNoise(8, 2.0, -0.4), 4000
+    x, y = maximal_coupling(law, rng, size)
+    apart = int(np.count_nonzero(x != y))
+    distance = tv_to_gaussian(law).value
+    assert rng.sizes[0] == int(apart / distance)
+    assert sum(rng.sizes) < 1.5 * apart / distance
+    rng.sizes.clear()
+    monkeypatch.setattr(gaussianity, "_COUPLING_BATCH", 100)
+    maximal_coupling(law, rng, size)
+    assert max(rng.sizes) == 100
+
+
+@pytest.mark.parametrize(
+    ("p", "down", "up"),
+    [(0.5, 4, 4), (0.9, 6, 6), (0.1, 5, 6), (1e-3, 5, 6), (1e-30, 4, 3), (1e-200, 4, 4)],
+)
+def test_the_way_to_a_quantile(
+    p: float, down: int, up: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each end of the bracket is doubled from σ until the root lies inside; then from 0 by Newton.
+
+    On the log of a tail its steps are few, however far out the root is.
+    """
+    law, std = EntryNoise(8, 3.0, 0.6), EntryNoise(8, 3.0, 0.6).std()
+    ends = std * 2.0 ** np.arange(12)
+    inner, seen = entry.entry_tails, list[float]()
+
+    def tails(rank: int, rho: float, x: Array) -> tuple[Array, Array]:
+        seen.extend(x.tolist())
+        return inner(rank, rho, x)
+
+    for method, steps, inside in (
+        (law.ppf, down, (law.cdf(-ends) <= p, law.cdf(ends) >= p)),
+        (law.isf, up, (law.sf(-ends) >= p, law.sf(ends) <= p)),
+    ):
+        low, high = (int(np.argmax(side)) + 1 for side in inside)
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(entry, "entry_tails", tails)
+            x = float(method(p))
+        start = [*-ends[:low], *ends[:high], 0.0]
+        assert np.array(seen[: len(start)]) * 3.0 == pytest.approx(start, rel=1e-14)
+        assert len(seen) - len(start) <= steps
+        found = law.cdf(x) if method == law.ppf else law.sf(x)
+        assert found == pytest.approx(p, rel=1e-13, abs=0)
+
+
+def test_a_quantile_between_two_doubles() -> None:
+    """Where the law is as narrow as rounding no x has the probability; the nearest one is it."""
+    law = EntryNoise(1000, 1.0, -1.0 + 1e-15)
+    for p in (1e-5, 0.3):
+        x = float(law.isf(p))
+        step = 4 * math.ulp(x)
+        assert law.sf(x + step) < p < law.sf(x - step)

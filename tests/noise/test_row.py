@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import mpmath as mp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -97,6 +98,22 @@ def test_one_input_is_the_scaled_chi_square() -> None:
     assert law.logpdf(y) == pytest.approx(EntryNoise(3, 2.0, 2.0).logpdf(y[:, 0]), rel=1e-13)
 
 
+def test_density_by_hand() -> None:
+    """The closed form of noise-laws.md, section 3, at 30 digits; 1e-13."""
+    rank, q = 3, [1.0, -2.0, 0.5]
+    noise = [0.7, -1.1, 0.4]
+    with mp.workdps(30):
+        y = [mp.mpf(a) + mp.mpf(b) for a, b in zip(noise, q, strict=True)]
+        square = mp.fsum(mp.mpf(v) ** 2 for v in q)
+        dot = mp.fsum(a * b for a, b in zip(y, q, strict=True))
+        k, s, m = mp.mpf(rank) / 2, dot / square, 3
+        density = k**k / mp.gamma(k) * (rank / (2 * mp.pi)) ** (mp.mpf(m - 1) / 2)
+        density *= square ** (-mp.mpf(m) / 2) * s ** (mp.mpf(rank - m - 1) / 2)
+        density *= mp.exp(-rank * mp.fsum(v * v for v in y) / (2 * dot))
+    found = float(RowNoise(rank, np.array(q)).logpdf(noise))
+    assert found == pytest.approx(float(mp.log(density)), rel=1e-13, abs=0)
+
+
 def test_marginal_of_the_density_is_the_entry_law() -> None:
     """Integrating the joint density over the other entry gives Bessel's; 1e-8 relative."""
     row = np.array([1.2, 0.5])
@@ -119,6 +136,7 @@ def test_outside_the_half_space_the_density_is_zero() -> None:
     outside = np.array([[-0.1, 0.0], [-2.0, 0.9], [-1e300, 0.0]])
     assert law.logpdf(outside - q).tolist() == [-math.inf] * 3
     assert np.isfinite(law.logpdf(-outside[:2] - q)).all()
+    assert RowNoise(2, np.array([0.0, 2.0])).logpdf([1.0, -2.0]) == -math.inf  # its edge
 
 
 def test_extreme_scales_and_sizes() -> None:
@@ -161,6 +179,9 @@ def test_bad_input_is_refused() -> None:
         RowNoise(2, np.array([1.0, math.inf]))
     with pytest.raises(ValueError, match="rank must be at least 1"):
         RowNoise(0, np.ones(2))
+    with pytest.raises(ValueError, match="size must be at least 0"):
+        RowNoise(2, np.ones(2)).rvs(-1, np.random.default_rng(0))
+    assert RowNoise(2, np.ones(3)).rvs(0, np.random.default_rng(0)).shape == (0, 3)
     q = np.ones(2)
     law = RowNoise(2, q)
     with pytest.raises(ValueError, match=r"shape \(\.\.\., 2\)"):

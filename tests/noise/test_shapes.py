@@ -113,6 +113,36 @@ def test_llama_70b() -> None:
     assert weights == by_hand == 68_451_041_280
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "weights"),
+    [
+        # Models as published: their blocks' weights without biases and norms, multiplied by hand.
+        ("gpt2", {"n_embd": 768, "n_head": 12, "n_layer": 12}, 12 * 12 * 768**2),
+        ("gpt2", {"n_embd": 10, "n_inner": 7, "n_layer": 3}, 3 * (4 * 100 + 2 * 70)),
+        ("bert", BERT, 3 * (4 * 48 * 48 + 2 * 48 * 80)),
+        ("distilbert", {"dim": 6, "hidden_dim": 5, "n_heads": 3, "n_layers": 2}, 2 * (144 + 60)),
+        ("gpt_neox", BERT, 3 * (3 * 48 * 48 + 48 * 48 + 2 * 48 * 80)),
+        ("opt", OPT, 3 * (4 * 48 * 48 + 2 * 48 * 80)),
+        ("t5", T5, 3 * (4 * 48 * 30 + 2 * 48 * 80) + 3 * (8 * 48 * 30 + 2 * 48 * 80)),
+        (
+            "t5",
+            T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2},
+            3 * (4 * 48 * 30 + 3 * 48 * 80) + 2 * (8 * 48 * 30 + 3 * 48 * 80),
+        ),
+        ("phi3", GROUPED, 3 * (48 * (48 + 2 * 16) + 48 * 48 + 3 * 48 * 80)),
+        ("mistral", GROUPED, 3 * (2 * 48 * 48 + 2 * 48 * 16 + 3 * 48 * 80)),
+        ("qwen3", GROUPED | {"head_dim": 10}, 3 * (2 * 48 * 60 + 2 * 48 * 20 + 3 * 48 * 80)),
+        ("gemma", GROUPED | {"head_dim": 10}, 3 * (2 * 48 * 60 + 2 * 48 * 20 + 3 * 48 * 80)),
+    ],
+)
+def test_weights_counted_by_hand(kind: str, sizes: dict[str, Any], weights: int) -> None:
+    """Attention in and out, and the layers of the feed-forward part, over all blocks."""
+    shapes = model_shapes({"model_type": kind} | sizes)
+    assert sum(s.in_features * s.out_features * s.count for s in shapes) == weights
+    # A stack of one kind maps its width in and out.
+    assert all(min(s.in_features, s.out_features, s.count) > 0 for s in shapes)
+
+
 def test_a_file_or_a_folder_reads_as_its_content(tmp_path: Path) -> None:
     """A path to config.json, or to its folder, as text or Path."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))

@@ -20,10 +20,9 @@ from lora_privacy.noise._rows import Array
 
 __all__ = ["cdf_gaps", "log_density", "log_ratio", "signed_crossings"]
 
-# In standard deviations of the Gaussian: beyond it the Gaussian has mass 4e-33. The law may have
+# In standard deviations of the Gaussian: beyond 12 the Gaussian has mass 4e-33. The law may have
 # more, but its density is the larger one there, which the sign at the end says.
-_REACH = 12.0
-_GRID = np.linspace(-_REACH, _REACH, 193)
+_GRID = np.arange(-96, 97) / 8
 # At rank 1 and 2 the density has a spike or a kink at x = −ρ, as narrow as 1 − |ρ|.
 _NEAR = np.outer([-1.0, 1.0], 10.0 ** -np.arange(0.0, 14.0, 0.5)).ravel()
 # P − Φ is stationary at a crossing, so that a miss by 1e-8 standard deviations costs 1e-16 only.

@@ -69,6 +69,11 @@ class EntryNoise:
         """ρ = coord / norm, dimensionless, in [-1, 1]."""
         return max(-1.0, min(1.0, self.coord / self.norm))
 
+    @property
+    def _one_sided(self) -> bool:
+        """Whether |ρ| = 1, where the law is that of ``q_i (X/rank - 1)``."""
+        return abs(self.rho) == 1.0
+
     def mean(self) -> float:
         """0: the projection is unbiased."""
         return 0.0
@@ -102,8 +107,8 @@ class EntryNoise:
         """Log density at ``x``, same shape; -inf outside the support."""
         y = self._standard(x)
         finite = np.isfinite(y)
-        if abs(self.rho) == 1.0:
-            value = chi_square_logpdf(self.rank, math.copysign(1.0, self.rho) * y)
+        if self._one_sided:
+            value = chi_square_logpdf(self.rank, self.rho * y)
         else:
             value = entry_logpdf(self.rank, self.rho, np.where(finite, y, 0.0))
         return np.where(finite, value, -math.inf) - math.log(self.norm)
@@ -141,8 +146,8 @@ class EntryNoise:
 
     def _tails(self, x: npt.ArrayLike) -> tuple[Array, Array]:
         y = self._standard(x)
-        if abs(self.rho) == 1.0:
-            s = np.maximum(math.copysign(1.0, self.rho) * y + 1.0, 0.0) * (self.rank / 2)
+        if self._one_sided:
+            s = np.maximum(self.rho * y + 1.0, 0.0) * (self.rank / 2)
             below = np.asarray(special.gammainc(self.rank / 2, s), np.float64)
             above = np.asarray(special.gammaincc(self.rank / 2, s), np.float64)
             return (below, above) if self.rho > 0 else (above, below)
@@ -154,13 +159,12 @@ class EntryNoise:
         p = np.asarray(probability, np.float64)
         if not np.all((p >= 0) & (p <= 1)):
             raise ValueError("probability must lie in [0, 1], and be no NaN; see ppf and isf.")
-        sign = 1.0 if self.rho >= 0 else -1.0
-        if abs(self.rho) == 1.0:
-            inverse = special.gammaincinv if lower == (sign > 0) else special.gammainccinv
+        if self._one_sided:
+            inverse = special.gammaincinv if lower == (self.rho > 0) else special.gammainccinv
             s = np.asarray(inverse(self.rank / 2, p), np.float64) / (self.rank / 2)
-            return sign * self.norm * (s - 1.0)
+            return self.rho * self.norm * (s - 1.0)
         end = math.inf if lower else -math.inf
-        result = np.asarray(np.where(p <= 0.5, -end, end))
+        result = np.asarray(np.where(p, end, -end))  # as it is where p is 0 or 1
         inner = (p > 0) & (p < 1)
         if inner.any():
             result[inner] = self.norm * self._root(p[inner], lower=lower)
@@ -176,9 +180,10 @@ class EntryNoise:
             below, above = entry_tails(self.rank, self.rho, x)
             return (below - p, below) if lower else (p - above, above)
 
-        for edge, outward in ((low, -1.0), (high, 1.0)):
-            while (short := outward * excess(edge)[0] < 0).any():
-                edge[short] *= 2.0
+        while (short := excess(low)[0] > 0).any():
+            low[short] *= 2.0
+        while (short := excess(high)[0] < 0).any():
+            high[short] *= 2.0
         x = np.zeros(p.size)
         for _ in range(_PPF_STEPS):
             miss, tail = excess(x)
@@ -189,8 +194,8 @@ class EntryNoise:
             # Newton on ln(tail) = ln p: nearly linear in x far out, where Newton on p would crawl.
             with np.errstate(all="ignore"):
                 slope = np.exp(entry_logpdf(self.rank, self.rho, x)) / tail
-                step = np.log(tail / p) / slope * (1.0 if lower else -1.0)
-            guess = x - step
+                step = np.log(tail / p) / slope
+                guess = x - step if lower else x + step
             ok = np.isfinite(guess) & (guess > low) & (guess < high)
             x = np.where(done, x, np.where(ok, guess, (low + high) / 2))
         raise ConvergenceError(

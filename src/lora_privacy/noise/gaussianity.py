@@ -70,9 +70,9 @@ def tv_to_gaussian(law: EntryNoise, variance: Variance = "exact") -> Distance:
     >>> print(round(tv_to_gaussian(EntryNoise(8)).value, 6))
     0.041378
     """
-    gaps = _gaps(law, variance)
-    value = 0.5 * float(np.abs(np.diff(gaps, prepend=0.0, append=0.0)).sum())
-    return _distance(law, variance, "total variation", min(value, 1.0), _CDF_ERROR)
+    rho, _ = _normalised(law, variance)
+    value = float(_tv(np.array([rho]), law.rank, variance)[0])
+    return _distance(law, variance, "total variation", value, _CDF_ERROR)
 
 
 def kolmogorov_to_gaussian(law: EntryNoise, variance: Variance = "exact") -> Distance:
@@ -81,8 +81,9 @@ def kolmogorov_to_gaussian(law: EntryNoise, variance: Variance = "exact") -> Dis
     The supremum is attained where the densities cross. Arguments and errors are those of
     :func:`tv_to_gaussian`; the distance is never larger.
     """
-    value = float(np.abs(_gaps(law, variance)).max())
-    return _distance(law, variance, "Kolmogorov", min(value, 1.0), _CDF_ERROR)
+    rho, _ = _normalised(law, variance)
+    value = float(np.abs(_gaps(np.array([rho]), law.rank, variance)).max())
+    return _distance(law, variance, "Kolmogorov", value, _CDF_ERROR)
 
 
 def kl_to_gaussian(law: EntryNoise, variance: Variance = "exact") -> Distance:
@@ -128,7 +129,6 @@ def tv_of_entries(row: npt.ArrayLike, rank: int, variance: Variance = "exact") -
     size = np.abs(nonzero_row(row))
     scaled = size / size.max()  # squares neither overflow nor vanish
     rho, back = np.unique(scaled / np.linalg.norm(scaled), return_inverse=True)
-    rho = np.minimum(rho, 1.0)
     value = np.empty(rho.size)
     low = rho <= _INTERPOLATE_BELOW
     if np.count_nonzero(low) <= 4 * _DEGREE:
@@ -171,23 +171,24 @@ def maximal_coupling(
     size = _validate.integer("size", size, 1)
     rho, std = _normalised(law, variance)
     distance = tv_to_gaussian(law, variance).value
-    sign = -1.0 if law.rho < 0 else 1.0
+    scale = math.copysign(law.norm, law.rho)
 
     def ratio(at: Array) -> Array:
         return log_ratio(law.rank, np.array(rho), np.array(std), at)
 
-    x = np.asarray(law.rvs(size, random_state=rng), dtype=np.float64) / law.norm * sign
+    x = law.rvs(size, random_state=rng) / scale
     y = x.copy()
     # Keep X with probability min(1, φ/p); else draw Y from the rest (φ − p)₊ by rejection.
     open_ = np.flatnonzero(np.log(rng.uniform(size=size)) > -ratio(x))
     while open_.size:
-        batch = min(int(1.2 * open_.size / distance) + 64, _COUPLING_BATCH)
+        # In the mean as many as are wanted remain.
+        batch = min(int(open_.size / distance), _COUPLING_BATCH)
         draw = std * rng.standard_normal(batch)
-        draw = draw[rng.uniform(size=batch) < -np.expm1(np.minimum(ratio(draw), 0.0))]
+        draw = draw[np.log1p(-rng.uniform(size=batch)) > ratio(draw)]
         taken = min(draw.size, open_.size)
         y[open_[:taken]] = draw[:taken]
         open_ = open_[taken:]
-    return x * sign * law.norm, y * sign * law.norm
+    return x * scale, y * scale
 
 
 def require_entry_noise(law: object) -> EntryNoise:
@@ -218,17 +219,15 @@ def _std(rho: Array | np.float64, rank: int, variance: Variance) -> Array:
     return np.sqrt((1.0 + np.asarray(share)) / rank)
 
 
-def _gaps(law: EntryNoise, variance: Variance) -> Array:
+def _gaps(rho: Array, rank: int, variance: Variance) -> Array:
     """P − Φ at the crossings of the two densities, where the gap has its extrema."""
-    rho, std = (np.array([v]) for v in _normalised(law, variance))
-    cuts = signed_crossings(law.rank, rho, std, matched=variance == "exact" or rho[0] == 0.0)
-    return cdf_gaps(law.rank, rho, std, cuts)[0]
+    std = _std(rho, rank, variance)
+    cuts = signed_crossings(rank, rho, std, matched=variance == "exact")
+    return cdf_gaps(rank, rho, std, cuts)
 
 
 def _tv(rho: Array, rank: int, variance: Variance) -> Array:
-    std = _std(rho, rank, variance)
-    cuts = signed_crossings(rank, rho, std, matched=variance == "exact")
-    gaps = cdf_gaps(rank, rho, std, cuts)
+    gaps = _gaps(rho, rank, variance)
     return 0.5 * np.abs(np.diff(gaps, axis=1, prepend=0.0, append=0.0)).sum(axis=1)
 
 
@@ -258,7 +257,7 @@ def _interpolate(rho: Array, rank: int, variance: Variance) -> Array:
         value[alone] = exact[: exact.size - points.size]
         exact = exact[exact.size - points.size :].reshape(points.shape)
         series = np.polynomial.chebyshev.chebfit(nodes, exact.T, _DEGREE)
-        size = _INTERPOLATION_RTOL * exact.min(axis=1, initial=1.0) + _CDF_ERROR
+        size = _INTERPOLATION_RTOL * exact.min(axis=1) + _CDF_ERROR
         good = np.abs(series[-3:]).max(axis=0) <= size
         for i in np.flatnonzero(good):
             inside = slice(first[i], last[i])
@@ -299,8 +298,8 @@ def _kl_panels(rho: float, std: float, rank: int) -> Array:
     # Panels of half a standard deviation in the bulk, and growing outwards.
     bulk = np.concatenate([np.arange(0.0, 14.0, 0.5), 14.0 * 1.1 ** np.arange(0.0, 60.0)]) * std
     spike = std * 2.0 ** np.arange(-48.0, 1.0)
-    edges = np.concatenate([-bulk, bulk, [-rho], -rho - spike, -rho + spike, [-end, end]])
-    return np.unique(edges[(edges >= -end) & (edges <= end)])
+    edges = np.concatenate([-bulk, bulk, [-rho], -rho - spike, -rho + spike])
+    return np.unique(np.clip(edges, -end, end))
 
 
 def _kl_sum(edges: Array, nodes: int, rank: int, rho: float, std: float) -> float:
@@ -311,7 +310,7 @@ def _kl_sum(edges: Array, nodes: int, rank: int, rho: float, std: float) -> floa
     log_p = log_density(rank, np.array(rho), x)
     # At rank 1 a node can hit the spike itself, where the density is infinite; its panel has a
     # width of some units in the last place and no mass that shows.
-    log_p = np.where(log_p < np.inf, log_p, -np.inf)
+    log_p = np.where(np.isposinf(log_p), -np.inf, log_p)
     z = x / std
     log_phi = -0.5 * z * z - math.log(std * math.sqrt(2.0 * math.pi))
     h = log_p - log_phi

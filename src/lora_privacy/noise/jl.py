@@ -53,7 +53,7 @@ def jl_probability(rank: int, distortion: float, vectors: int = 1) -> float:
     """
     failure = jl_failure(rank, distortion, vectors)
     # 1 - failure is rounded to the nearest double: step below it, unless nothing can fail.
-    return max(0.0, math.nextafter(1.0 - failure, 0.0)) if failure > 0 else 1.0
+    return math.nextafter(1.0 - failure, 0.0) if failure > 0 else 1.0
 
 
 def jl_distortion(rank: int, failure: float, vectors: int = 1) -> float:

@@ -147,7 +147,7 @@ def _joint_tv(rank: int, perpendicular: int, along: float) -> tuple[float, float
             f"the joint distance at rank {rank} with {perpendicular + 1} inputs must be accurate "
             f"to {_TOLERANCE:g}, got an error of {error:.1e}; please report these sizes."
         )
-    return min(max(fine, 0.0), 1.0), error
+    return min(fine, 1.0), error
 
 
 def _integrate(edges: Array, nodes: int, rank: int, perpendicular: int, along: float) -> float:
@@ -199,13 +199,10 @@ def _panels(rank: int, perpendicular: int, along: float) -> Array:
     high = math.log(2.0 * float(special.gammainccinv(rank / 2.0, _TAIL_MASS)) / rank)
     # The χ² functions turn over within |y| ~ m^-1/2, the density of S within r^-1/2; with the
     # exact covariance the threshold moves as 1/(r y), hence the small innermost panel.
-    scale = 1.0 / math.sqrt(max(rank, perpendicular, 1))
-    steps = np.minimum(scale * 2.0 ** np.arange(-16.0, 40.0, 0.5), 0.5)
-    grid = np.concatenate([[0.0], np.cumsum(np.diff(steps[steps < 0.5], prepend=0.0))])
-    far = np.arange(float(grid[-1]) + 0.5, max(-low, high) + 0.5, 0.5)
-    out = np.concatenate([grid, far])
-    edges = np.concatenate([-out[::-1], out[1:]])
-    edges = np.concatenate([[low], edges[(edges > low) & (edges < high)], [high]])
+    steps = 2.0 ** np.arange(-16.0, 40.0, 0.5) / math.sqrt(max(rank, perpendicular))
+    near = steps[steps < 0.5]
+    far = np.arange(float(near[-1]) + 0.5, max(-low, high) + 0.5, 0.5)
+    edges = np.unique(np.clip(np.concatenate([-far, -near, [0.0], near, far]), low, high))
     return np.sort(np.concatenate([edges, _kinks(edges, rank, perpendicular, along)]))
 
 

@@ -123,7 +123,7 @@ def noise_variance(row: npt.ArrayLike, law: EntryLaw | LawName, rank: int) -> Ar
     parts = _structure(law, rank, q.shape[-1])
     square = q * q
     rest = square.sum(axis=-1, keepdims=True) - square
-    return parts.transverse * np.maximum(rest, 0.0) + parts.along * square
+    return parts.transverse * rest + parts.along * square
 
 
 def noise_covariance(

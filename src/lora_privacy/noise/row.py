@@ -91,7 +91,7 @@ class RowNoise:
         gaussian = -0.5 * (m - 1) * np.log(2 * math.pi * safe / self.rank) - (
             0.5 * self.rank * square / safe
         )
-        value = chi_square_logpdf(self.rank, shift) + np.where(inside, gaussian, 0.0)
+        value = chi_square_logpdf(self.rank, shift) + gaussian
         return np.where(inside, value - m * math.log(norm), -math.inf)
 
     def rvs(self, size: int, random_state: np.random.Generator) -> Array:
