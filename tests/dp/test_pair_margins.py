@@ -663,6 +663,26 @@ def test_a_cell_is_halved_where_it_is_wide(wide: int) -> None:
         assert two == (0.1, 0.101, middle, 1.5)
 
 
+@pytest.mark.parametrize(("m", "r"), [(768, 8), (5, 60), (400, 400), (3, 1)])
+@pytest.mark.parametrize("widest", [1e-4, 0.8])
+def test_a_cell_is_halved_along_the_side_that_moves_the_loss(
+    m: int, r: int, widest: float
+) -> None:
+    """By the derivatives at R = 1 of (r-1) ln ν + c ln R + (Q/2)(1/R - 1), R = ν g.
+
+    There Q - (m+r-1) is 4 standard deviations √(2(m+r)), and tan θ = 4/√r, so that g moves with φ
+    by tan θ + φ at most. 2 % to either side of where both move it equally the other one is halved.
+    """
+    by_r = abs((m + 1 - r) / 2 - ((m + r - 1) + 4 * math.sqrt(2 * (m + r))) / 2)
+    by_angle = (4 / math.sqrt(r) + widest) * by_r * widest / 10
+    by_ratio = by_r + (r - 1)
+    family = VectorFamily(m, r, 0.4, (0.8, 1.5))
+    for factor, halved in ((0.98, "angle"), (1.02, "ratio")):
+        cell = (0.9 * widest, widest, 1.0, math.exp(by_angle / by_ratio * factor))
+        one, _ = family._split(cell)
+        assert (one[1] < widest) == (halved == "angle")
+
+
 def test_bins_follow_the_level_of_delta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made for the power of ten below it, at most .1, once for each; a level of 0 has bins too."""
     made: list[float] = []

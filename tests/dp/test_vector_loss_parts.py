@@ -493,6 +493,9 @@ def test_cuts_in_the_rounding_of_an_end_are_left_out(
     g = abs(part) * width / math.sin(math.acos(0.9))
     piece = np.zeros(1), np.array([width]), np.zeros(1, bool)
     assert len(law._first_panels(1.0, piece)[0]) == 2
+    # Pieces without a width have no panel, and the others keep their numbers.
+    pieces = np.full(3, 0.3), np.array([0.0, 0.01, 0.0]), np.zeros(3, bool)
+    assert law._first_panels(1.0, pieces)[2].tolist() == [1]
 
 
 # --- halving panels
@@ -597,18 +600,22 @@ def test_one_step_solves_a_power_law() -> None:
         for last in (None, (at + (at - aim), 0.7), (at - (at - aim), 0.7)):
             found = _vector_loss._newton(epsilon, at, slope, aim, last)
             assert power * math.log(found / epsilon) == pytest.approx(at - aim, rel=1e-12)
-    found = _vector_loss._newton(2.0, -0.9, 5.0, -1.5, None)
-    assert 10 * math.log(found / 2.0) == pytest.approx(0.6, rel=1e-12)
+    for epsilon, slope, at in ((2.0, 5.0, -0.9), (2.0, 1.45, -9.0), (0.25, 11.6, -9.0)):
+        found = _vector_loss._newton(epsilon, at, slope, at - 0.6, None)
+        assert slope * epsilon * math.log(found / epsilon) == pytest.approx(0.6, rel=1e-12)
 
 
 def test_one_step_solves_a_normal_tail() -> None:
     """√(-log δ) straight in ε, steeper than ε^-3; no step shrinks ε to less than a tenth."""
     for aim in (-30.0, -9.5, -8.0, -2.5):
-        level, rise, epsilon = 0.5, 1.25, 2.0
-        root = level + rise * epsilon
-        value, slope = -(root**2), 2 * root * rise
-        found = _vector_loss._newton(epsilon, value, slope, aim, None)
-        assert level + rise * found == pytest.approx(math.sqrt(-aim), rel=1e-12)
+        for level, rise, epsilon in ((0.5, 1.25, 2.0), (2.4, 1.2, 0.5)):
+            root = level + rise * epsilon
+            value, slope = -(root**2), 2 * root * rise
+            found = _vector_loss._newton(epsilon, value, slope, aim, None)
+            aimed = max(math.sqrt(-aim), level + rise * epsilon / 8)
+            assert level + rise * found == pytest.approx(
+                min(aimed, level + rise * epsilon * 8), rel=1e-12
+            )
     found = _vector_loss._newton(2.0, -9.0, 15.0, 0.0, None)
     assert found == pytest.approx(2.0 + 2 * 3 * (0 - 3) / 15, rel=1e-12)
     assert _vector_loss._newton(2.0, -9.0, 3.0, 0.5, None) == pytest.approx(0.25, rel=1e-12)
