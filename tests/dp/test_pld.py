@@ -1,5 +1,6 @@
 """The loss accountant: oracles are mpmath, the exact Gaussian, dp-accounting and Opacus."""
 
+import dataclasses
 import itertools
 import math
 import warnings
@@ -23,6 +24,7 @@ from lora_privacy.dp import (
     RdpAccountant,
     SampledGaussian,
     _solve,
+    pld,
 )
 from lora_privacy.dp._profiles import Direction, SampledPair
 from lora_privacy.errors import ConvergenceError, UnsupportedEventError
@@ -402,3 +404,153 @@ def test_bad_rates_are_refused(fpr: float) -> None:
     """Also NaN."""
     with pytest.raises(ValueError, match="fpr must lie"):
         PldAccountant().trade_off([0.5, fpr])
+
+
+def test_what_leaves_double_precision_is_no_ledger() -> None:
+    """Distances from 1e-100 to 1e100; smaller ones count as 1e-100, larger ones prove nothing."""
+    for adjacency, moved in (("add-remove", 1.0), ("replace", 2.0)):
+        empty = PldAccountant(adjacency)
+        mu, sources = empty.compose(GaussianEvent(0.5e100), 4)._sources()
+        assert (mu, sources) == (pytest.approx(4e-100 * moved, rel=1e-12, abs=0), [])
+        mu, _ = empty.compose(GaussianEvent(3e100), 4)._sources()
+        assert mu == pytest.approx(max(1e-100, moved / 3e100) * 2, rel=1e-12, abs=0)
+        assert empty.compose(GaussianEvent(1.01e-100 * moved))._sources()[0] < math.inf
+        assert empty.compose(GaussianEvent(0.99e-100 * moved))._sources() == (math.inf, [])
+        assert empty.compose(GaussianEvent(1e-200))._sources() == (math.inf, [])
+        assert empty.compose(SampledGaussian(1.01e-100, 0.5))._sources()[0] == 0.0
+        assert empty.compose(SampledGaussian(0.99e-100, 0.5))._sources() == (math.inf, [])
+        (source, _), *_ = empty.compose(SampledGaussian(3e100, 0.5))._sources()[1]
+        assert source.pair.mu == pytest.approx(1e-100, rel=1e-12, abs=0)
+
+
+def test_distances_are_known_to_a_hundred_units() -> None:
+    """μ moved by 1e-14 either way, for each pair and for all plain releases as one."""
+    ledger = PldAccountant().compose(GaussianEvent(2.0), 9).compose(SampledGaussian(0.5, 0.1), 7)
+    mu, sources = ledger.compose(SampledGaussian(0.25, 1.0))._sources()
+    assert mu == pytest.approx(math.sqrt(9 / 4 + 16), rel=1e-15)
+    assert [count for _, count in sources] == [7, 1]
+    for (source, _), (true, rate) in zip(sources, ((2.0, 0.1), (mu, 1.0)), strict=True):
+        epsilons = np.array([0.3])
+        wider = SampledPair(true * (1 + 1e-14), rate).upper("remove", epsilons)
+        assert source.profiles[0](epsilons).tolist() == wider.tolist()
+        added = SampledPair(true * (1 + 1e-14), rate).upper("add", epsilons)
+        assert source.profiles[1](epsilons).tolist() == added.tolist()
+        assert source.pair.mu / true - 1 == pytest.approx(-1e-14, rel=0.03)
+    assert PldAccountant().compose(SampledGaussian(0.5, 0.1))._sources()[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ends", "other", "found"),
+    [
+        ((1.0, 1.005), 0.5, (1.005, "pld")),  # narrow enough: nothing else is asked
+        ((0.98, 1.0), 0.99, (0.99, "rdp")),
+        ((0.98, 1.0), 1.0, (1.0, "pld")),
+        ((0.98, 1.0), 1.1, (1.0, "pld")),
+        ((99.0, 100.0), 0.9, (100.0, "pld")),  # exactly 1 % is narrow
+        ((0.0, math.inf), 7.0, (7.0, "rdp")),
+    ],
+)
+def test_an_epsilon_that_stays_wide_is_held_against_renyi(
+    ends: tuple[float, float],
+    other: float,
+    found: tuple[float, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger = PldAccountant().compose(SampledGaussian(1.0, 0.5))
+    bound = RdpAccountant().compose(SampledGaussian(1.0, 0.5)).epsilon(1e-3)
+    bound = dataclasses.replace(bound, epsilon=other)
+    monkeypatch.setattr(PldAccountant, "epsilon_interval", lambda *_: ends)
+    monkeypatch.setattr(RdpAccountant, "epsilon", lambda *_: bound)
+    result = ledger.epsilon(1e-3)
+    assert (result.epsilon, result.method) == found
+    plain = PldAccountant().compose(GaussianEvent(1.0)).epsilon(1e-3)
+    assert (plain.epsilon, plain.method) == (ends[1], "gdp")
+
+
+@pytest.mark.parametrize(
+    ("ends", "other", "found"),
+    [
+        ((1e-3, 2e-3), 1e-4, (2e-3, "pld")),
+        ((1e-3, 2.1e-3), 2e-3, (2e-3, "rdp")),
+        ((1e-3, 2.1e-3), 2.2e-3, (2.1e-3, "pld")),
+        ((0.0, 1.0), 1.0, (1.0, "pld")),
+        ((0.0, 0.0), 0.5, (5e-324, "pld")),
+    ],
+)
+def test_a_delta_within_a_factor_of_two_is_not(
+    ends: tuple[float, float],
+    other: float,
+    found: tuple[float, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounded up to the next double, so never 0, and at most 1, which says why."""
+    ledger = PldAccountant().compose(SampledGaussian(1.0, 0.5))
+    bound = RdpAccountant().compose(SampledGaussian(1.0, 0.5)).delta(1.0)
+    bound = dataclasses.replace(bound, delta=other, reason="none")
+    monkeypatch.setattr(PldAccountant, "delta_interval", lambda *_: ends)
+    monkeypatch.setattr(RdpAccountant, "delta", lambda *_: bound)
+    result = ledger.delta(1.0)
+    assert (result.delta, result.method) == (pytest.approx(found[0], rel=1e-15), found[1])
+    assert result.delta >= found[0]
+    assert (result.reason is not None) == (result.delta == 1 or result.method == "rdp")
+
+
+def test_a_trade_off_is_the_best_of_its_points() -> None:
+    """1 - δ - e^ε FPR, and e^-ε (1 - δ - FPR) the other way; at most 1 - FPR, at least 0."""
+    ours = (np.array([0.0, 0.5, 2.0]), np.array([0.4, 0.2, 0.01]))
+    theirs = (np.array([0.0, 1.0, 800.0]), np.array([0.3, 0.1, 0.0]))
+    fpr = np.array([0.0, 1e-3, 0.05, 0.3, 0.6, 0.95, 1.0])
+    found = pld._read(ours, theirs, fpr)
+    for rate, value in zip(fpr.tolist(), found, strict=True):
+        first = max(
+            1 - d - math.exp(e) * rate for e, d in zip(*(x.tolist() for x in ours), strict=True)
+        )
+        second = max(
+            math.exp(-e) * (1 - d - rate)
+            for e, d in zip(*(x.tolist() for x in theirs), strict=True)
+        )
+        expected = max(0.0, min(1 - rate, max(first, second)))
+        assert value <= expected
+        assert value == pytest.approx(expected, rel=1e-13, abs=2e-15)
+    lowered = pld._read((np.zeros(1), np.zeros(1)), (np.zeros(1), np.ones(1)), np.array([0.0]))
+    assert 1 - lowered[0] == pytest.approx(1e-15, rel=0.12)
+    beyond = pld._read((np.array([800.0]), np.zeros(1)), (np.zeros(1), np.ones(1)), np.zeros(1))
+    assert beyond[0] == pytest.approx(1.0, abs=2e-15), "at rate 0 an infinite factor costs nothing"
+    other = pld._read((np.zeros(1), np.ones(1)), (np.zeros(1), np.zeros(1)), np.array([0.0]))
+    assert 1 - other[0] == pytest.approx(2e-15, rel=0.12)
+
+
+def test_a_trade_off_reads_six_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At δ from .3 to a hundredth of the smallest rate, at most .001 and from 1e-12 on.
+
+    The smaller rate of the two roles of the neighbours.
+    """
+    ledger = PldAccountant().compose(SampledGaussian(1.0, 0.5), 2)
+    asked: list[float] = []
+    one, two = (np.zeros(1), np.array([0.3])), (np.zeros(1), np.array([0.5]))
+    monkeypatch.setattr(_solve, "upper_points", lambda _, d: asked.append(d) or [one, two])
+    for rates, smallest in (
+        ([0.0, 0.2, 1e-5, 0.01], 1e-5),
+        ([1e-20, 0.2], 1e-12),
+        ([0.0], 1e-3),
+        ([0.5], 1e-3),
+    ):
+        asked.clear()
+        found = ledger.trade_off(rates)
+        expected = [0.3 * (0.01 * smallest / 0.3) ** (k / 5) for k in range(6)]
+        assert asked == pytest.approx(expected, rel=1e-12, abs=0)
+        worst = [max(1 - 0.3 - rate, 0.0) for rate in rates]
+        assert found == pytest.approx(worst, abs=1e-14)
+    assert ledger.tpr_bound(0.2) == pytest.approx(0.5, abs=1e-14)
+
+
+def test_the_bound_of_an_exchange_cites_its_source() -> None:
+    """Sampled or projected at a rate below 1, under replace only."""
+    sampled, full = SampledGaussian(1.0, 0.5), SampledGaussian(1.0, 1.0)
+    key = "balle-subsampling-2018"
+    assert key in PldAccountant("replace").compose(sampled).epsilon(1e-3).references
+    assert key not in PldAccountant().compose(sampled).epsilon(1e-3).references
+    assert key not in PldAccountant("replace").compose(full).epsilon(1e-3).references
+    assert PldAccountant().compose(full).epsilon(1e-3).method == "gdp"
+    mixed = PldAccountant().compose(full).compose(sampled)
+    assert mixed._method() == "pld"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pld_oracle import cdf
 
-from lora_privacy.dp import _fourier, _profiles, _replaced
+from lora_privacy.dp import _fourier, _gaussian, _profiles, _replaced
 from lora_privacy.dp._fourier import Curve
 from lora_privacy.dp._grid import Measure
 from lora_privacy.dp._profiles import SampledPair
@@ -672,3 +672,74 @@ def test_an_exchange_adds_up_its_two_parts(
         assert value == pytest.approx(expected, rel=1e-9, abs=0)
     monkeypatch.setattr(_replaced, "_TINY", 2.0)
     assert ReplacedPair(mu, p).upper("remove", np.zeros(1)).tolist() == [1.0] * 4
+
+
+# --- plain Gaussians, in closed form
+
+
+@pytest.mark.parametrize("mu", [1e-3, 0.7, 20.0])
+def test_a_false_negative_rate_is_lowered_by_its_rounding(mu: float) -> None:
+    """1e-14 of the quantile, of 1 and of μ moves the tail; 1e-13 of it is taken off besides.
+
+    Tails themselves are exact to some 1e-15, so that the margin is seen to 3 %.
+    """
+    for fpr in (1e-300, 1e-30, 1e-3, 0.5):
+        with mp.workdps(400):
+            quantile = mp.findroot(
+                lambda x, f=fpr: mp.log(cdf(-x)) - mp.log(f), math.sqrt(-2 * math.log(fpr / 2))
+            )
+            true = cdf(quantile - mu)
+            hazard = mp.npdf(quantile - mu) / true
+            slack = mp.mpf(1e-14) * (abs(quantile) + 1 + mu)
+            margin = float(hazard * slack) + 1e-13
+        lost = 1 - _gaussian.trade_off(mu, np.array([fpr]))[0] / float(true)
+        assert lost == pytest.approx(margin, rel=0.03, abs=8e-15)
+
+
+def test_plain_ends_without_a_distance_are_idle() -> None:
+    """An infinite upper μ proves nothing; δ is never below 0 or above 1."""
+    assert _gaussian.delta_interval(1.0, math.inf, 0.5) == (0.0, 1.0)
+    assert _gaussian.epsilon_interval(1.0, math.inf, 0.5) == (0.0, math.inf)
+    low, high = _gaussian.delta_interval(0.5, 0.7, 0.3)
+    assert (low, high) == pytest.approx((gaussian(0.3, 0.5), gaussian(0.3, 0.7)), rel=1e-12)
+    assert _gaussian.delta_interval(1e-3, 1e-3, 5.0)[0] == 0.0
+    assert _gaussian.delta_interval(1e-3, 1e-3, 5.0)[1] <= 1e-299
+    assert _gaussian.delta_interval(300.0, 300.0, 0.0)[1] == 1.0
+    low, high = _gaussian.epsilon_interval(0.5, 0.7, 1e-3)
+    assert gaussian(low, 0.5) == pytest.approx(1e-3, rel=1e-9)
+    assert gaussian(high, 0.7) == pytest.approx(1e-3, rel=1e-9)
+    edges = _gaussian.trade_off(1.0, np.array([0.0, 1.0, math.nextafter(1.0, 0.0)]))
+    assert edges[:2].tolist() == [1.0, 0.0]
+    assert 0 <= edges[2] < 1e-14
+
+
+@pytest.mark.parametrize("mu", [0.01, 1.0, 30.0])
+def test_a_search_of_a_plain_epsilon_starts_beyond_it(
+    mu: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """μ (μ/2 + 40): 40 deviations above the mean loss, where δ is below every double."""
+    starts: list[float] = []
+    inner = _gaussian.crossing
+
+    def crossing(allowed: object, start: float) -> tuple[float, float]:
+        starts.append(start)
+        return inner(allowed, start)
+
+    monkeypatch.setattr(_gaussian, "crossing", crossing)
+    _gaussian.epsilon_interval(mu, mu, 1e-300)
+    assert starts == pytest.approx([mu * mu / 2 + 40 * mu] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("root", [1e-30, 0.4, 0.999, 1.0, 700.0])
+def test_bisection_ends_at_its_width(root: float) -> None:
+    """The last pair is within 1e-13, the one before it was not."""
+    asked: list[float] = []
+
+    def allowed(epsilon: float) -> bool:
+        asked.append(epsilon)
+        return epsilon >= root
+
+    low, high = _gaussian.crossing(allowed, 1.0)
+    assert low < root <= high
+    assert high - low <= 1e-13 * high < 2.1 * (high - low)
+    assert len(asked) == len(set(asked))

@@ -181,10 +181,10 @@ def _addition(rate: float, step: float, half: int) -> Cells:
 
 
 def _addition_scale(rate: float, step: float, half: int) -> Array:
-    """e^ε w(ε) of the grid points, rounded down, for ``_addition``; 1 where it does not matter."""
+    """e^ε w(ε) of the grid points, rounded down, for ``_addition``, whose lines are 0 beyond w."""
     t = np.minimum(step * np.arange(half + 1), 40.0)
     w = rate * (1 - 4 * _EPS) + np.expm1(-t)
-    return np.exp(t) * np.where(w > 0, w, rate) * (1 - 8 * _EPS)
+    return np.exp(t) * w * (1 - 8 * _EPS)
 
 
 def _lines(pair: SampledPair, cells: Cells) -> tuple[Array, Array]:

@@ -62,7 +62,7 @@ def _sum(z: Array, p: float, orders: Array) -> Array:
     A - 1 = Σ_{k≥2} C(α,k) (1-p)^{α-k} p^k (e^{k(k-1)/(2z²)} - 1), all terms positive; the terms
     k = 0, 1 of Mironov, Talwar & Zhang, Sec. 3.3, cancel against Σ_k C(α,k)(1-p)^{α-k}p^k = 1.
     """
-    chunk = max(1, int(_BLOCK // orders.max()))
+    chunk = max(1, _BLOCK // int(orders.max()))
     if len(orders) > chunk:
         parts = range(0, len(orders), chunk)
         return np.concatenate([_sum(z[i : i + chunk], p, orders[i : i + chunk]) for i in parts])
@@ -116,13 +116,13 @@ def _integrate(z: Array, p: float, orders: Array) -> Array:
     result = np.full(orders.shape, np.inf)
     for rows in _alike(need.max(axis=1)):
         for columns in _alike(need[rows].max(axis=0)):
-            nodes = float(need[np.ix_(rows, columns)].max())
+            nodes = math.ceil(need[np.ix_(rows, columns)].max())
             if nodes > _MAX_NODES:
                 continue
-            wide = max(1, int(_BLOCK // nodes))
+            wide = max(1, _BLOCK // nodes)
             for j in range(0, len(columns), wide):
                 across = columns[j : j + wide]
-                tall = max(1, int(_BLOCK // (nodes * len(across))))
+                tall = max(1, _BLOCK // (nodes * len(across)))
                 for i in range(0, len(rows), tall):
                     down = rows[i : i + tall]
                     cell = np.ix_(down, across)
