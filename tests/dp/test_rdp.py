@@ -6,6 +6,7 @@ import re
 import time
 import tracemalloc
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import mpmath as mp
@@ -25,8 +26,10 @@ from lora_privacy.dp import (
     GaussianEvent,
     RdpAccountant,
     SampledGaussian,
+    _conversion,
     _moments,
     event_rdp,
+    rdp,
     sampled_gaussian_bounds,
     sampled_gaussian_rdp,
 )
@@ -491,3 +494,181 @@ def test_bad_adjacency_is_refused() -> None:
         RdpAccountant("swap")
     with pytest.raises(ValueError, match="adjacency must be one of"):
         event_rdp(GaussianEvent(1.0), [2.0], adjacency="swap")
+
+
+# --- margins and searches, apart
+
+UNIT = 1e-3
+
+
+@pytest.mark.parametrize("alpha", [1.25, 2.0, 3.0, 40.0])
+def test_a_conversion_is_moved_by_eight_units_of_its_terms(
+    alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R + log((α-1)/α) - (log δ + log α)/(α-1), where all but the first may cancel.
+
+    For δ it is (α-1)(R - ε + log((α-1)/α)) - log α. One order to choose from.
+    """
+    monkeypatch.setattr(_conversion, "_EPS", UNIT)
+    cost, delta, epsilon = 2.5, 1e-3, 0.7
+    gain, spread = math.log((alpha - 1) / alpha), alpha - 1
+
+    def flat(_: np.ndarray, orders: np.ndarray) -> np.ndarray:
+        return np.full(orders.shape, cost)
+
+    size = cost - gain + (-math.log(delta) + math.log(alpha)) / spread
+    value = cost + gain - (math.log(delta) + math.log(alpha)) / spread
+    found = _conversion.least_epsilon(flat, np.ones(1), delta, (alpha,))
+    assert found == pytest.approx([value + 8 * UNIT * size], rel=1e-12, abs=0)
+    size = spread * (cost + epsilon - gain) + math.log(alpha)
+    value = spread * (cost - epsilon + gain) - math.log(alpha)
+    found = _conversion.least_log_delta(flat, np.ones(1), epsilon, (alpha,))
+    assert found == pytest.approx([value + 8 * UNIT * size], rel=1e-12, abs=1e-15)
+
+
+def test_the_rest_of_an_order_keeps_its_digits() -> None:
+    """Log((α-1)/α), near 1 and far out."""
+    orders = np.array([1 + 1e-12, 1.5, 2.0, math.nextafter(2.0, 3.0), 3.0, 1e9, 1e18])
+    with mp.workdps(40):
+        expected = [float(mp.log((mp.mpf(a) - 1) / mp.mpf(a))) for a in orders.tolist()]
+    assert _conversion._log_rest(orders) == pytest.approx(expected, rel=4e-16, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("best", "square"),
+    [(0.0, 1.0), (731.0, 2.0**15), (-731.0, 2.0**-15), (5759.0, 2.0**119), (-3839.0, 2.0**-79)],
+)
+def test_the_lattice_of_orders_is_searched_from_its_guess(best: float, square: float) -> None:
+    """Orders 1 + 2^{k/96}, k from -3840 to 5760, from about 1 + √square on, seven a round.
+
+    Four strides, of an octave, a quarter, a sixteenth and 1/96: 28 to 49 orders, found or not.
+    """
+    asked: list[float] = []
+
+    def objective(_: np.ndarray, orders: np.ndarray) -> np.ndarray:
+        k = 96 * np.log2(orders - 1)
+        asked.extend(np.round(k, 6).ravel().tolist())
+        return np.abs(k - best)
+
+    found = _conversion._minimum(objective, None, np.array([square]))
+    assert found[0] < 0.05
+    start = min(max(48 * math.log2(square), -3840), 5760)
+    assert max(abs(k - start) for k in asked) <= 96 * 3 + 24 * 3 + 6 * 3 + 96
+    assert all(abs(k - round(k)) < 0.05 for k in asked)
+    assert len(asked) <= 49
+
+
+@pytest.mark.parametrize(("sign", "end"), [(1, -3840), (-1, 5760)])
+def test_the_search_of_an_order_walks_to_the_ends_of_the_lattice(sign: int, end: int) -> None:
+    """And not beyond: an order there is not 1 + 2^{k/96} to its digits, or overflows."""
+    found = _conversion._minimum(
+        lambda _, orders: sign * 96 * np.log2(orders - 1) + 1e4, None, np.array([1.0])
+    )
+    assert found[0] == pytest.approx(1e4 + sign * end, abs=0.5)
+    for square, at in ((1e300, 5760), (1e-300, -3840), (0.0, -3840), (math.inf, 5760)):
+        seen: list[float] = []
+
+        def objective(_: np.ndarray, orders: np.ndarray, seen: list = seen) -> np.ndarray:
+            seen.extend((96 * np.log2(orders - 1)).ravel().tolist())
+            return np.zeros(orders.shape)
+
+        _conversion._minimum(objective, None, np.array([square]))
+        if 1e-200 < square < 1e200:
+            continue
+        inner = min(
+            max(48 * math.log2(square) if 0 < square < math.inf else at * 9e9, -3840), 5760
+        )
+        assert any(abs(k - inner) < 1 for k in seen)
+        assert -3841 < min(seen) <= max(seen) < 5761
+
+
+@pytest.mark.parametrize(("size", "most"), [(24, 28), (25, 28), (60, 42), (300, 150)])
+def test_given_orders_are_walked_to_the_best_one(size: int, most: int) -> None:
+    """Every place is found, the first and the last too; 24 orders are walked, more are strided."""
+    grid = tuple(float(k + 2) for k in range(size))
+    for best in range(0, size, max(1, size // 25)):
+        asked: list[float] = []
+
+        def objective(
+            _: np.ndarray, orders: np.ndarray, b: int = best, a: list = asked
+        ) -> np.ndarray:
+            a.extend(orders.ravel().tolist())
+            return np.abs(orders - 2 - b)
+
+        assert _conversion._minimum(objective, grid, np.ones(1))[0] == 0
+        assert len(asked) <= most
+
+
+def test_rows_walk_on_their_own() -> None:
+    """A row that has found its order is not asked again while another walks."""
+    asked: list[int] = []
+    best = np.array([3, 90, 50])
+
+    def objective(rows: np.ndarray, k: np.ndarray) -> np.ndarray:
+        asked.extend(rows.tolist())
+        return np.abs(k - best[rows, None]) + 1.0
+
+    found = _conversion._search(objective, 0, 99, np.array([3, 3, 40]), (1,))
+    assert found.tolist() == [1.0, 1.0, 1.0]
+    assert [asked.count(row) for row in range(3)] == [1, 30, 4]
+
+
+def test_a_divergence_is_raised_by_four_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And to the next double; the smaller of the sampled and the plain one, if z² is a double."""
+    monkeypatch.setattr(rdp, "_EPS", UNIT)
+    noises, orders = np.array([0.5, 2.0, 1e-160, 1e160]), np.array([[1.5, 4.0]] * 4)
+    plain = [[a / (2 * z * z) for a in (1.5, 4.0)] for z in noises.tolist()[:2]]
+    monkeypatch.setattr(
+        _moments, "log_moment", lambda z, _p, a: (a - 1) * np.where(z[:, None] < 1, 0.25, 9.0)
+    )
+    found = rdp._rows(noises, 1.0, orders)
+    assert found[:2] == pytest.approx(np.array(plain) * (1 + 4 * UNIT), rel=1e-14, abs=0)
+    found = rdp._rows(noises, 0.5, orders)
+    assert found[0] == pytest.approx([0.25 * (1 + 4 * UNIT)] * 2, rel=1e-14, abs=0)
+    assert found[1] == pytest.approx(np.array(plain[1]) * (1 + 4 * UNIT), rel=1e-14, abs=0)
+    assert found[2].tolist() == [math.inf] * 2
+    assert np.all((found[3] > 0) & (found[3] < 1e-300))
+    monkeypatch.setattr(rdp, "_EPS", 0.0)
+    assert rdp._rows(np.ones(1), 1.0, np.full((1, 1), 2.0)).tolist() == [[math.nextafter(1, 2)]]
+    for z, usual in ((1e-149, True), (1e-151, False), (1e149, True), (1e151, False)):
+        seen = []
+        monkeypatch.setattr(
+            _moments, "log_moment", lambda z, _p, a, s=seen: s.append(z) or np.zeros(a.shape)
+        )
+        rdp._rows(np.array([z]), 0.5, np.full((1, 1), 2.0))
+        assert bool(seen) == usual
+
+
+def test_a_ledger_is_raised_by_four_units_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its events and one row; in a table of runs by eight. Divergences are put in."""
+    monkeypatch.setattr(rdp, "_EPS", UNIT)
+    monkeypatch.setattr(rdp, "_rows", lambda z, rate, a: a / (2 * z * z)[:, None] * rate)
+    ledger = RdpAccountant().compose(GaussianEvent(2.0), 3).compose(SampledGaussian(0.5, 0.25), 7)
+    ledger = ledger.compose(SampledGaussian(1.5, 0.25), 2).compose(GaussianEvent(0.5))
+    orders = np.array([2.0, 5.0])
+    total = 3 / 8 + 0.25 * 7 * 2 + 0.25 * 2 / 4.5 + 2
+    found = ledger._cost(np.zeros(1, dtype=np.int64), orders)
+    assert found == pytest.approx(total * orders * (1 + 4 * UNIT * 5), rel=1e-14, abs=0)
+    costs: list[np.ndarray] = []
+
+    def least(cost: Callable, plain: np.ndarray, *_: object) -> np.ndarray:
+        assert plain == pytest.approx([6 / 8, 6 * 8], rel=1e-14, abs=0)
+        costs.append(cost(np.array([1]), np.array([[2.0, 5.0]])))
+        return np.zeros(2)
+
+    monkeypatch.setattr(rdp, "least_epsilon", least)
+    sampled_gaussian_bounds([2.0, 0.25], 0.5, steps=6, delta=0.1)
+    each = 6 * 0.5 * 8 * orders * (1 + 8 * UNIT)
+    assert costs[0][0] == pytest.approx(each, rel=1e-14, abs=0)
+
+
+def test_a_search_starts_from_the_ledger_without_sampling() -> None:
+    """Σ count (distance/z)²/2, as far as it is a double."""
+    for adjacency, moved in (("add-remove", 1.0), ("replace", 2.0)):
+        ledger = (
+            RdpAccountant(adjacency).compose(GaussianEvent(2.0), 3).compose(GaussianEvent(0.5))
+        )
+        expected = moved**2 * (3 / 8 + 2)
+        assert ledger._plain() == pytest.approx([expected], rel=1e-14, abs=0)
+    assert RdpAccountant().compose(GaussianEvent(1e-200))._plain().tolist() == [1e300]
+    assert RdpAccountant().compose(GaussianEvent(1e200))._plain().tolist() == [1e-300]
