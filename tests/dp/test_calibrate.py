@@ -23,6 +23,7 @@ from lora_privacy.dp import (
     calibrate,
     calibrate_rank,
     calibrate_steps,
+    calibration,
 )
 from lora_privacy.dp.calibration import _round_up
 from lora_privacy.errors import CalibrationError, UnsupportedEventError
@@ -273,3 +274,96 @@ def test_noise_is_rounded_up_to_five_digits(value: float, expected: float) -> No
     """Never below the value that met the target."""
     assert _round_up(value) == expected
     assert _round_up(value) >= value
+
+
+class Asked(list):
+    """A threshold that is met from ``at`` on, and what was asked of it."""
+
+    def __init__(self, at: float) -> None:
+        super().__init__()
+        self.at = at
+
+    def __call__(self, value: float) -> bool:
+        self.append(value)
+        return value >= self.at
+
+
+@pytest.mark.parametrize(
+    ("at", "start", "factor", "ways", "halvings"),
+    [
+        (100.0, 1.0, 4.0, [1, 4, 16, 64, 256], 17),  # ln 4 / 2e-5 is 2^16.08
+        (1.7, 1.0, 1.25, [1, 1.25, 1.25**3], 15),
+        (40.0, 1.0, 1.25, [1, 1.25, 1.25**3, 1.25**7, 4 * 1.25**7, 16 * 1.25**7], 17),
+        (0.07, 1.0, 1.25, [1, 0.8, 0.8**3, 0.8**7, 0.8**7 / 4], 17),
+        (0.9, 1.0, 4.0, [1, 0.25], 17),
+        (2.5e5, 1e9, 4.0, [1e6, 2.5e5, 6.25e4], 17),
+        (0.03, 1e-9, 4.0, [0.01, 0.04], 17),
+    ],
+)
+def test_a_noise_is_bracketed_and_bisected(
+    at: float, start: float, factor: float, ways: list[float], halvings: int
+) -> None:
+    """By the factor, which is squared each time up to four; then to 2e-5, each value once."""
+    met = Asked(at)
+    low, high = calibration._noise_between(met, start, factor, 2e-5)
+    assert low < at <= high <= low * (1 + 2e-5)
+    assert met[: len(ways)] == pytest.approx(ways, rel=1e-12, abs=0)
+    assert len(met) == len(set(met)) <= len(ways) + halvings
+    assert {low, high} <= set(met), "both ends were looked at"
+
+
+def test_a_noise_is_looked_for_between_its_limits() -> None:
+    """From 0.01 to a million: all meet, none does, or only the last."""
+    always, never, last = Asked(0.0), Asked(math.inf), Asked(1e6)
+    assert calibration._noise_between(always, 0.02, 4.0, 1e-2) == (0.0, 0.01)
+    assert always == [0.02, 0.01]
+    assert calibration._noise_between(always, 0.01, 4.0, 1e-2) == (0.0, 0.01)
+    assert calibration._noise_between(never, 5e5, 4.0, 1e-2) == (1e6, math.inf)
+    assert never == [5e5, 1e6]
+    low, high = calibration._noise_between(last, 5e5, 4.0, 1e-2)
+    assert (low < 1e6, high) == (True, 1e6)
+    assert calibration.MOST_STEPS == 10**9
+
+
+@dataclasses.dataclass
+class Steps:
+    """ε of whole numbers, one for each of them."""
+
+    asked: list[int] = dataclasses.field(default_factory=list)
+
+    def __call__(self, steps: int) -> PrivacyBound:
+        self.asked.append(steps)
+        bound = RdpAccountant().epsilon(1e-5)
+        return dataclasses.replace(bound, epsilon=float(steps))
+
+
+@pytest.mark.parametrize("start", [1, 2, 7, 30])
+def test_the_largest_number_that_meets_is_found(start: int) -> None:
+    """Every answer from none to all of 37, with its own bound; each number is looked at once."""
+    for answer in range(38):
+        prove = Steps()
+        found, bound = calibration._largest(prove, answer + 0.5, 37, start)
+        assert found == answer
+        assert (bound.epsilon if bound else 0) == answer
+        assert len(prove.asked) == len(set(prove.asked)) <= 11
+        assert prove.asked[0] == start
+        assert 1 <= min(prove.asked) <= max(prove.asked) <= 37
+
+
+@pytest.mark.parametrize(
+    ("start", "answer", "asked"),
+    [
+        (1, 5, [1, 2, 4, 8, 6, 5]),
+        (100, 110, [100, 125, 112, 106, 109, 110, 111]),
+        (100, 420, [100, 125, 250, 500, 375, 437, 406, 421, 413, 417, 419, 420]),
+        (100, 30, [100, 50, 25, 37, 31, 28, 29, 30]),
+        (1, 1000, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]),
+    ],
+)
+def test_a_good_first_number_is_tried_with_a_quarter_more(
+    start: int, answer: int, asked: list[int]
+) -> None:
+    """Then twice as many, up to the most, 1000; then halves."""
+    prove = Steps()
+    assert calibration._largest(prove, answer, 1000, start)[0] == answer
+    assert prove.asked == asked

@@ -366,6 +366,5 @@ def _round_up(value: float) -> float:
     """Smallest decimal of five significant digits whose float is not below ``value``."""
     exact = Decimal(value)
     digit = Decimal(1).scaleb(exact.adjusted() + 1 - _DIGITS)
-    rounded = float(exact.quantize(digit, rounding=ROUND_CEILING))
-    # The nearest float of a decimal that was met exactly may lie a hair below it.
-    return rounded if rounded >= value else float(Decimal(rounded) + digit)
+    # Rounding to the nearest float keeps order, so it is not below ``value``, which is a float.
+    return float(exact.quantize(digit, rounding=ROUND_CEILING))
