@@ -159,9 +159,9 @@ def _trapezoid(z: Array, p: float, orders: Array, step: Array) -> Array:
     u = p * np.expm1(np.minimum(s, _HUGE))
     log_ratio = np.log1p(u)
     if s[:, -1].max() > _HUGE:
-        large = np.logaddexp(math.log1p(-p), s + math.log(p))
-        log_ratio = np.where(s > _HUGE, large, log_ratio)
-        u = np.where(s > _HUGE, np.exp(np.minimum(s + math.log(p), _HUGE)), u)
+        log_u = s + math.log(p)  # without -p, which is e^-600 of it
+        log_ratio = np.where(s > _HUGE, np.logaddexp(0.0, log_u), log_ratio)
+        u = np.where(s > _HUGE, np.exp(np.minimum(log_u, _HUGE)), u)
     log_weight = np.log(step / math.sqrt(2 * math.pi)) - 0.5 * y * y
     weight = np.exp(log_weight)
 
