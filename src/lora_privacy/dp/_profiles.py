@@ -93,7 +93,7 @@ class SampledPair:
         return np.maximum(self._profile(direction, epsilons, -1), 0.0)
 
     def _profile(self, direction: Direction, epsilons: Array, sign: int) -> Array:
-        p = self.rate
+        p, unit = self.rate, sign * _EPS
         if p == 1:
             return self._gaussian(epsilons, sign)
         if direction == "remove":
@@ -103,16 +103,16 @@ class SampledPair:
                 np.log1p(np.expm1(np.minimum(epsilons, 1.0)) / p),
                 epsilons - math.log(p) + np.log1p((p - 1) * np.exp(-epsilons)),
             )
-            return p * (1 + 4 * sign * _EPS) * self._gaussian(tau, sign) + sign * _TINY
+            return p * (1 + 4 * unit) * self._gaussian(tau, sign) + sign * _TINY
         # e^ε w δ_Gauss(τ), w = e^-ε - (1-p), e^-τ = w/p. It grows with w, which is rounded, and is
         # 0 where w is: the loss never exceeds -log(1-p).
         near = np.minimum(epsilons, _LONGEST_ADD)
-        w, share = p + np.expm1(-near) + sign * 4 * _EPS * p, np.expm1(-near) / p
+        w, share = p + np.expm1(-near) + 4 * unit * p, np.expm1(-near) / p
         inside = w > 0
         w = np.where(inside, w, p)
         tau = np.where(share > -0.5, -np.log1p(np.maximum(share, -0.5)), -np.log(w / p))
         value = np.exp(near) * w * self._gaussian(np.maximum(tau, 0.0), sign)
-        return np.where(inside, value * (1 + 8 * sign * _EPS) + sign * _TINY, 0.0)
+        return np.where(inside, value * (1 + 8 * unit) + sign * _TINY, 0.0)
 
     def lines(self, tau: Array, ratios: tuple[Array, ...]) -> list[Array]:
         """Φ(-a) - ratio e^τ Φ(-b) for each ratio, rounded down; a = τ/μ - μ/2, b = a + μ.
