@@ -367,6 +367,9 @@ def test_the_log_ratio_is_that_of_two_densities() -> None:
         normal = -0.5 * (x / std) ** 2 - math.log(std) - math.log(2 * math.pi) / 2
         ratio = _crossings.log_ratio(5, np.array(rho), np.array(std), x)
         assert ratio == pytest.approx(law.logpdf(x) - normal, rel=1e-13, abs=1e-13)
+    both = _crossings.log_density(5, np.array([[1.0], [0.3]]), x)
+    assert np.array_equal(both[0], EntryNoise(5, 1.0, 1.0).logpdf(x))
+    assert np.array_equal(both[1], EntryNoise(5, 1.0, 0.3).logpdf(x))
 
 
 def test_gaps_of_distribution_functions() -> None:
@@ -475,6 +478,64 @@ def test_a_short_row_is_computed_one_by_one(
     row = 1.0 + np.arange(size) * 1e-4
     tv_of_entries(row, 8)
     assert seen == [computed]
+
+
+def spread_row(size: int) -> tuple[Array, Array]:
+    """A row whose ratios to its norm are evenly spread, and the ratios."""
+    row = np.linspace(1.0, 3.0, size)
+    return row, row / np.linalg.norm(row)
+
+
+@pytest.mark.parametrize("variance", ["exact", "published"])
+def test_a_row_is_interpolated_at_chebyshevs_nodes(
+    variance: gaussianity.Variance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The roots of T₁₇ on the range of the ratios; a smooth function comes out to 1e-9."""
+    seen = list[Array]()
+
+    def smooth(rho: Array, rank: int, given: str) -> Array:
+        assert (rank, given) == (8, variance)
+        seen.append(rho)
+        return 0.3 * np.exp(20 * rho**2)
+
+    monkeypatch.setattr(gaussianity, "_tv", smooth)
+    row, ratio = spread_row(200)
+    found = tv_of_entries(row[::-1], 8, variance)
+    assert found[::-1] == pytest.approx(0.3 * np.exp(20 * ratio**2), rel=1e-9)
+    middle, half = (ratio[-1] + ratio[0]) / 2, (ratio[-1] - ratio[0]) / 2
+    assert len(seen) == 1
+    assert np.cos(17 * np.arccos((seen[0] - middle) / half)) == pytest.approx(
+        np.zeros(17), abs=1e-9
+    )
+
+
+def test_a_kink_is_closed_in_upon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels are halved at it until one holds 16 entries or fewer, which are computed themselves.
+
+    All the others come out to 1e-9 of the least value, and a panel costs 17 values.
+    """
+    row, ratio = spread_row(1000)
+    place, sizes = float(ratio[313] + ratio[314]) / 2, list[int]()
+
+    def kinked(rho: Array, *_: object) -> Array:
+        sizes.append(rho.size)
+        return 0.1 + np.abs(rho - place)
+
+    monkeypatch.setattr(gaussianity, "_tv", kinked)
+    assert tv_of_entries(row, 8) == pytest.approx(0.1 + np.abs(ratio - place), rel=1e-9)
+    # 1000 entries are 16 or fewer after six halvings, two panels each time.
+    assert sizes[:6] == [17, *[34] * 5]
+    assert len(sizes) == 7
+    assert 17 < sizes[6] <= 17 + 16
+
+
+def test_entries_of_small_panels_are_computed_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no tolerance at all each value is one of the function itself, but for rounding of ρ."""
+    monkeypatch.setattr(gaussianity, "_INTERPOLATION_RTOL", 0.0)
+    monkeypatch.setattr(gaussianity, "_CDF_ERROR", 0.0)
+    monkeypatch.setattr(gaussianity, "_tv", lambda rho, *_: np.cos(1e5 * rho))
+    row, ratio = spread_row(300)
+    assert tv_of_entries(row, 8) == pytest.approx(np.cos(1e5 * ratio), rel=0, abs=1e-10)
 
 
 def test_ratios_above_the_limit_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
