@@ -232,7 +232,7 @@ def _third_moment_ratio(rho: float) -> float:
     rule: tuple[Array, Array] = special.roots_legendre(40)
     # Panels that crowd at z = 1, on whose two sides the mean has opposite signs.
     crowd = 2.0 ** -np.arange(0.0, 40.0)
-    edges = np.unique(np.concatenate([[0.0, 1.0], 1.0 - crowd, 1.0 + crowd, np.arange(2.0, 21.0)]))
+    edges = np.unique(np.concatenate([1.0 - crowd, 1.0 + crowd, np.arange(3.0, 21.0)]))
     half = np.diff(edges)[:, None] / 2
     z = edges[:-1, None] + half * (1.0 + rule[0])
     mean, std = rho * np.abs((z - 1.0) * (z + 1.0)), a * z
