@@ -19,7 +19,6 @@ __all__ = ["crossing", "delta_interval", "epsilon_interval", "trade_off"]
 Array = npt.NDArray[np.float64]
 
 _WIDTH = 1e-13  # of ε, where the search stops
-_ROUNDS = 2_000  # more than it takes to halve all doubles
 
 
 def delta_interval(low_mu: float, high_mu: float, epsilon: float) -> tuple[float, float]:
@@ -29,7 +28,7 @@ def delta_interval(low_mu: float, high_mu: float, epsilon: float) -> tuple[float
         return 0.0, 1.0
     lower = float(SampledPair(low_mu, 1.0).lower("remove", at)[0])
     upper = float(SampledPair(high_mu, 1.0).upper("remove", at)[0])
-    return max(0.0, lower), min(1.0, upper)
+    return lower, min(1.0, upper)
 
 
 def epsilon_interval(low_mu: float, high_mu: float, delta: float) -> tuple[float, float]:
@@ -55,10 +54,10 @@ def crossing(allowed: Callable[[float], bool], start: float) -> tuple[float, flo
         low, high = high, 2 * high
         if math.isinf(high):
             return low, high
-    for _ in range(_ROUNDS):
-        if high - low <= _WIDTH * high:
+    while high - low > _WIDTH * high:
+        middle = low + 0.5 * (high - low)
+        if not low < middle < high:  # they are neighbours
             break
-        middle = 0.5 * (low + high)
         low, high = (low, middle) if allowed(middle) else (middle, high)
     return low, high
 
