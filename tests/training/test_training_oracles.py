@@ -24,6 +24,7 @@ from lora_privacy.training import (
     AutomaticClipping,
     FlatClipping,
     LayerClipping,
+    RowScaling,
     SampleRecorder,
     TargetEpsilon,
     clipped_sums,
@@ -115,6 +116,22 @@ def test_automatic_clips_are_those_of_torch_func(stability: float) -> None:
         assert value.detach().numpy() == pytest.approx(
             expected.detach().numpy(), rel=1e-9, abs=1e-12
         )
+
+
+def test_scaled_rows_are_those_that_torch_normalises() -> None:
+    """Per-sample gradients of Opacus, rows by ``functional.normalize``, one clip by hand; 1e-10."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(9, 6, bias=False), nn.Tanh(), nn.Linear(6, 4, bias=False))
+    model, x = model.double(), numbers(8, 9).double()
+    samples, _ = by_opacus(model, x, 1.0)
+    scaled = {n: 0.3 * nn.functional.normalize(g, dim=2) for n, g in samples.items()}
+    size = sum(g.flatten(1).square().sum(1) for g in scaled.values()).sqrt()
+    with SampleRecorder(model, dense=True) as recorder:
+        output_losses(x)(model).sum().backward()
+        sums = clipped_sums(recorder, FlatClipping(0.5), transform=RowScaling(0.3))
+    for name, value in sums.items():
+        expected = torch.tensordot((0.5 / size).clamp(max=1.0), scaled[name], 1)
+        assert value.numpy() == pytest.approx(expected.numpy(), rel=1e-9, abs=1e-12)
 
 
 def test_the_noise_is_as_large_as_that_of_opacus() -> None:
