@@ -119,7 +119,7 @@ def test_automatic_clips_are_those_of_torch_func(stability: float) -> None:
 
 
 def test_scaled_rows_are_those_that_torch_normalises() -> None:
-    """Per-sample gradients of Opacus, rows by ``functional.normalize``, one clip by hand; 1e-10."""
+    """Samples of Opacus, rows by ``functional.normalize``, the clip by hand; 1e-9."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(9, 6, bias=False), nn.Tanh(), nn.Linear(6, 4, bias=False))
     model, x = model.double(), numbers(8, 9).double()
