@@ -709,6 +709,37 @@ def test_bins_follow_the_level_of_delta(monkeypatch: pytest.MonkeyPatch) -> None
     assert bound.delta == 0.25
 
 
+def test_pairs_below_the_level_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """δ at the level says that their ε is below it; only what raises the level is searched for."""
+    searched: list[float] = []
+    checked: list[float] = []
+
+    class Loss:
+        def __init__(self, _m: int, _r: int, _cosine: float, nu: float) -> None:
+            self.true = 2.0 + 3.0 * abs(math.log(nu))
+
+        def epsilon(self, delta: float) -> float:
+            assert delta == 0.1
+            searched.append(self.true)
+            return self.true
+
+        def delta(self, epsilon: float) -> float:
+            checked.append(epsilon)
+            return 0.1 if epsilon >= self.true else 0.11
+
+    monkeypatch.setattr(families, "VectorLoss", Loss)
+    monkeypatch.setattr(families, "_cover", lambda _c, _e, cells: np.zeros(len(cells)))
+    monkeypatch.setattr(families, "projected_sign_flip", lambda _r, _c: 0.0)
+    family = VectorFamily(20, 5, 0.4, (1.0, 2.0))
+    found = family.epsilon(0.1)
+    worst = 2.0 + 3.0 * math.log(2.0)
+    assert found.epsilon == pytest.approx(1.01 * worst)
+    # The first sample, and then those above it only.
+    assert len(searched) <= 2
+    assert len(searched) + len(checked) >= len(list(family._samples()))
+    assert all(level > 0 for level in checked)
+
+
 def certified(
     true: float, cells_needed: int, family: VectorFamily, seen: list[float]
 ) -> tuple[float, float | None]:

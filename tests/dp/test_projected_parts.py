@@ -683,6 +683,36 @@ def test_the_mixture_bound_and_its_margin(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == pytest.approx(np.logaddexp(0.0, exponent) * (1 + 4e-3), rel=1e-13)
 
 
+def test_which_moments_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders to 16,384 by chords; without a projection for noises that can be squared twice.
+
+    The least of the three bounds is returned.
+    """
+    summed, known = list[float](), list[tuple[float, float]]()
+
+    def chords(_s: object, _z: float, _p: float, orders: np.ndarray) -> np.ndarray:
+        summed.extend(orders.tolist())
+        return 0.3 * orders
+
+    def plain(noise: np.ndarray, p: float, orders: np.ndarray) -> np.ndarray:
+        known.append((noise[0], p))
+        return np.where(orders == 3.0, 0.01, 1e9)
+
+    monkeypatch.setattr(_projected_rdp, "_chords", chords)
+    monkeypatch.setattr(_projected_rdp._moments, "log_moment", plain)
+    orders = np.array([2.0, 3.0, 16384.0, 16384.5])
+    excess = np.array([-50.0, 50.0, 1e5, 1e5])
+    found = _projected_rdp._sampled([(9, 2)], 1.0, 0.5, orders, excess)
+    assert summed == [2.0, 3.0, 16384.0]
+    assert known == [(1.0, 0.5)]
+    expected = [0.5 * math.exp(-50.0), 0.01, 0.3 * 16384, 1e5 + math.log(0.5)]
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    for z, asked in ((1.1e-150, 1), (0.9e-150, 0), (0.9e150, 1), (1.1e150, 0)):
+        known.clear()
+        _projected_rdp._sampled([(9, 2)], z, 0.5, orders, excess)
+        assert len(known) == asked
+
+
 def test_rounding_of_a_binomial_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a unit of 1e-6: 8 of the largest summand of an exponent, and 16.
 

@@ -794,23 +794,36 @@ def test_zero_is_returned_where_nothing_is_to_be_hidden(monkeypatch: pytest.Monk
         (768, 8, 1 - 1e-13, 1.0, 0.1),
     ],
 )
+@pytest.mark.parametrize("far", [False, True])
 def test_the_first_guess_is_the_largest_loss_on_a_circle(
-    m: int, r: int, cosine: float, nu: float, delta: float
+    m: int,
+    r: int,
+    cosine: float,
+    nu: float,
+    delta: float,
+    far: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracle: the same of twelve directions one by one, with quantiles of scipy.stats.
 
     T has the tail of one normal score, s that of the other; beyond ε the loss is taken as
     exponential, with the mean that a second circle, a quarter farther out, shows: then
-    δ(ε) = P[L > ε] / (1 + 1/mean).
+    δ(ε) = P[L > ε] / (1 + 1/mean). Where there is no quantile P[tan θ > x] < x^-r has one.
     """
     k, law = m + r - 1, VectorLoss(m, r, cosine, nu)
+    if far:
+        nothing = lambda _r, tail: np.full(tail.shape, -math.inf)  # noqa: E731
+        monkeypatch.setattr(_vector_loss.special, "stdtrit", nothing)
+
+    def quantile(tail: float) -> float:
+        return tail ** (-1 / r) if far else stats.t.isf(tail, r) / math.sqrt(r)
 
     def largest(score: float) -> float:
         found = list[float]()
         for i in range(12):
             one = score * math.cos(2 * math.pi * i / 12)
             two = score * math.sin(2 * math.pi * i / 12)
-            tangent = math.copysign(stats.t.isf(stats.norm.sf(abs(one)), r), one) / math.sqrt(r)
+            tangent = math.copysign(quantile(stats.norm.sf(abs(one))), one)
             g = max(cosine + math.sqrt(1 - cosine**2) * tangent, 1e-12)
             s = max(math.sqrt(k - 0.5) + two / math.sqrt(2), 0.0)
             loss = (r - 1) * math.log(nu) + (m + 1 - r) / 2 * math.log(nu * g)

@@ -150,21 +150,21 @@ def _best_touch(points: Array, masses: Array, z: float, epsilons: Array, turn: A
     mass = np.cumsum(masses[::-1])[::-1]
     mean = np.cumsum((masses * points)[::-1])[::-1]
     # The mean of what is left, clear of points without mass.
-    tail = np.clip(np.where(mass > 1e-290, mean / np.maximum(mass, 1e-290), 1.0), points, 1.0)
+    tail = np.clip(mean / np.maximum(mass, 1e-290), points, 1.0)
     low = np.zeros(epsilons.shape, dtype=np.int64)
     high = np.maximum(np.searchsorted(points, turn) - 1, 0)
     while np.any(high - low > 1):
         middle = (low + high) // 2
-        touch = np.clip(tail[middle], turn, 1.0)
+        touch = np.maximum(tail[middle], turn)
         value, slope = _tangent(epsilons, touch, z)
         at = points[middle]
         curve = _gauss(epsilons, np.sqrt(np.maximum(at, _TINY)) / z)[0]
         below = value + slope * (at - touch) < curve
         low, high = np.where(below, middle, low), np.where(below, high, middle)
-    value, slope = _tangent(epsilons, np.clip(tail[0], turn, 1.0), z)
+    alone = np.maximum(tail[0], turn)
+    value, slope = _tangent(epsilons, alone, z)
     # Already at β = 0 the tangent is above φ: then it is a majorant alone, best at the mean.
-    crosses = value - slope * np.clip(tail[0], turn, 1.0) < 0
-    return np.clip(np.where(crosses, tail[low], tail[0]), turn, 1.0)
+    return np.where(value < slope * alone, np.maximum(tail[low], turn), alone)
 
 
 def _tangent(epsilons: Array, touch: Array, z: float) -> tuple[Array, Array]:
