@@ -14,6 +14,7 @@ from pld_oracle import DELTAS, addition_delta, cdf, measure_delta, removal_delta
 
 from lora_privacy.dp import _fourier, _gaussian, _grid, _solve
 from lora_privacy.dp._profiles import DIRECTIONS, Direction, SampledPair
+from lora_privacy.errors import ConvergenceError
 
 PAIRS = [(1e-3, 0.3), (0.1, 1e-3), (0.7, 1.0), (1.0, 1e-7), (3.0, 0.02), (3.0, 0.9), (100.0, 0.01)]
 
@@ -425,7 +426,7 @@ def test_the_ends_of_epsilon_by_the_worse_direction(stage: Callable[..., Desk]) 
     # A thousandth of the deviation is enough where ε is small against it.
     desk = stage(
         proved={"remove": (2.0, 4.0), "add": (2.5, 8.0)},
-        curves={"add": [1.5, 1.5], "remove": [1.2], "below": [None]},
+        curves={"add": [1.5], "remove": [1.2], "below": [None]},
         deviation=100.0,
     )
     assert _solve.epsilon_interval(NONE, 1e-3) == (0.0, 1.5)
@@ -811,3 +812,27 @@ def test_steps_have_twenty_bits(step: float) -> None:
     scaled = found / 2.0 ** (math.floor(math.log2(found)) - 19)
     assert scaled == int(scaled)
     assert 2**19 <= scaled < 2**20
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [0.5, 0.5], [5e-324, 0.9]])
+def test_a_profile_may_return_what_is_a_delta(values: list[float]) -> None:
+    """As a list too; one profile for both directions stays one, and is asked once."""
+    source = _solve.profiled_source(lambda _: values, lambda _: values[::-1], "Told")
+    assert source.profiles[0](np.zeros(2)).tolist() == values
+    assert source.profiles[1](np.zeros(2)).tolist() == values[::-1]
+    assert source.pair is None
+
+    def same(epsilons: np.ndarray) -> np.ndarray:
+        return np.zeros(epsilons.shape)
+
+    both = _solve.profiled_source(same, same, "Told").profiles
+    assert both[0] is both[1]
+
+
+@pytest.mark.parametrize(
+    "values", [[0.5, 1 + 2**-52], [-5e-324, 0.5], [math.nan, 0.5], [0.5], [[0.5, 0.5]], [2.0, 0.1]]
+)
+def test_a_profile_that_returns_something_else_is_refused(values: list) -> None:
+    source = _solve.profiled_source(lambda _: values, lambda _: values, "Told")
+    with pytest.raises(ConvergenceError, match="A profile of Told must return δ in"):
+        source.profiles[0](np.zeros(2))

@@ -165,7 +165,7 @@ def delta_interval(sources: Sources, epsilon: float) -> tuple[float, float]:
             break
         floor = _fourier.compose(below, tilts[main], upper=False)
         low = max(low, 0.0 if floor is None else floor.delta(epsilon))
-        if high < 1e-290 or not plan.too_wide(math.log(high / low) if low > 0 else math.inf, goal):
+        if high < 1e-290 or not plan.too_wide(math.log(high / low) if low else math.inf, goal):
             break
     return low, high
 
@@ -192,7 +192,7 @@ def upper_points(sources: Sources, delta: float) -> list[tuple[Array, Array]]:
 
 
 def _is_single(sources: Sources) -> bool:
-    return len(sources) == 1 and sources[0][1] == 1
+    return [count for _, count in sources] == [1]
 
 
 def _single_delta(sources: Sources, epsilon: float) -> tuple[float, float]:
