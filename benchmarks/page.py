@@ -94,8 +94,7 @@ def tables(results: Results) -> str:
     for part in dict.fromkeys(row.part for row in results.rows):
         rows = [row for row in results.rows if row.part == part]
         rows.sort(key=lambda row: (row.target is None, row.peer is None))
-        first = part[0].upper() if part[0].isascii() else part[0]  # ε keeps its case
-        lines += [f"\n### {first}{part[1:]}\n"]
+        lines += [f"\n### {heading(part)}\n"]
         lines += ["| what | median [95 %] | unit | rounds | target | met |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [
@@ -104,6 +103,12 @@ def tables(results: Results) -> str:
             for row in rows
         ]
     return "\n".join(lines) + f"\n\n{raw([results.benchmark])}\n"
+
+
+def heading(part: str) -> str:
+    """With a capital, but for a symbol and the name of a method."""
+    keeps = part.startswith("dp-") or not part[0].isascii()
+    return part if keeps else part[0].upper() + part[1:]
 
 
 def raw(names: list[str]) -> str:

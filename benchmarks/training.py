@@ -130,7 +130,8 @@ def lora_against_all(
             results.add(part, f"{name}, backward passes a step", passes, unit="–")
     over = [("dp-lora", peer) for peer in works if peer != "dp-lora"]
     over += [(peer, "plain LoRA") for peer in peers]
-    compare(results, part, works, pairs, over, seldom=tuple(peers))
+    # Opacus' hooks are as fast as ours, so that only many rounds can tell.
+    compare(results, part, works, pairs, over, seldom=("hooks of 25 lines", "Opacus ghost"))
 
 
 def part_lora(results: Results, pairs: int) -> None:
