@@ -231,7 +231,8 @@ class VectorLoss:
         excess = np.array([self.ratio - 1.0])
         ratio, rule = np.array([self.ratio]), _RULES[1]
         logs = self._inner(epsilon, ratio, excess, np.zeros(1), rule, -math.inf)
-        return float(logs[0, 0]), float(logs[1, 0])
+        log_d, log_p = logs.ravel().tolist()
+        return log_d, log_p
 
     @property
     def _sine(self) -> float:
