@@ -367,3 +367,94 @@ def test_a_good_first_number_is_tried_with_a_quarter_more(
     prove = Steps()
     assert calibration._largest(prove, answer, 1000, start)[0] == answer
     assert prove.asked == asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepwise:
+    """An accountant whose ε is 1 from a noise on, and 2 below it; it keeps what it was asked."""
+
+    least: float
+    asked: list[float] = dataclasses.field(default_factory=list)
+    noise: float = math.inf
+
+    def compose(self, event: GaussianEvent, _count: int = 1) -> "Stepwise":
+        return Stepwise(self.least, self.asked, event.noise_multiplier)
+
+    def epsilon(self, delta: float) -> PrivacyBound:
+        self.asked.append(self.noise)
+        bound = RdpAccountant().epsilon(delta)
+        return dataclasses.replace(bound, epsilon=1.0 if self.noise >= self.least else 2.0)
+
+
+@pytest.mark.parametrize(
+    ("least", "tried"), [(1.0, [1.0]), (1.001, [1.0, 1.001]), (1.01, [1.0, 1.001, 1.005, 1.02])]
+)
+def test_where_the_rounded_noise_misses_a_little_more_is_tried(
+    least: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousandth, five and twenty of them; after that there is no certificate."""
+    monkeypatch.setattr(calibration, "_noise_between", lambda *_: (0.99, 1.0))
+    prover = Stepwise(least)
+    found = calibrate(GaussianEvent, epsilon=1.5, delta=1e-5, steps=1, accountant=prover)
+    assert prover.asked[1:] == pytest.approx(tried, rel=1.1e-4, abs=0)  # five digits, up
+    assert found.value == prover.asked[-1]
+    with pytest.raises(CalibrationError, match="must not grow with the noise"):
+        calibrate(GaussianEvent, epsilon=1.5, delta=1e-5, steps=1, accountant=Stepwise(1.03))
+
+
+def test_a_cheap_accountant_scouts_for_the_dear_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1 by fours to 1 %, and then from there by quarters to 2e-5; alone from 1 by fours."""
+    asked: list[tuple] = []
+
+    def between(met: Callable, *limits: float) -> tuple[float, float]:
+        asked.append(limits)
+        assert met(50.0)
+        assert not met(0.1)
+        return 29.0, 30.0
+
+    monkeypatch.setattr(calibration, "_noise_between", between)
+    target = {"epsilon": 1.0, "delta": 1e-5, "steps": 1}
+    calibrate(GaussianEvent, accountant=PldAccountant(), **target)
+    assert asked == [(1.0, 4.0, 1e-2), (30.0, 1.25, 2e-5)]
+    asked.clear()
+    calibrate(GaussianEvent, accountant=RdpAccountant(), **target)
+    assert asked == [(1.0, 4.0, 2e-5)]
+
+
+def test_steps_start_where_the_cheap_accountant_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both up to 10⁹; from 1 where the cheap one finds none, or knows no proof."""
+    asked: list[tuple] = []
+    bound = RdpAccountant().epsilon(1e-5)
+
+    def largest(prove: Callable, *limits: float) -> tuple[int, PrivacyBound]:
+        asked.append(limits)
+        return scouted[-1] if len(asked) == 1 else (7, prove(7))
+
+    monkeypatch.setattr(calibration, "_largest", largest)
+    target = {"epsilon": 1.0, "delta": 1e-5}
+    scouted: list[tuple] = []
+    for steps, start in ((12, 12), (0, 1), (1, 1)):
+        scouted.append((steps, bound if steps else None))
+        asked.clear()
+        found = calibrate_steps(GaussianEvent(30.0), accountant=PldAccountant(), **target)
+        assert asked == [(1.0, 10**9), (1.0, 10**9, start)]
+        assert found.value == 7
+    asked.clear()
+    scouted.append((3, bound))
+    calibrate_steps(GaussianEvent(30.0), accountant=RdpAccountant(), **target)
+    assert asked == [(1.0, 10**9, 1)]
+    limit = dataclasses.replace(bound, epsilon=1.0)
+    assert calibration._checked(1.0, 1e-5, SpentAccountant(limit)) is not None
+    beyond = dataclasses.replace(bound, epsilon=math.nextafter(1.0, 2.0))
+    with pytest.raises(CalibrationError, match="nothing is left"):
+        calibration._checked(1.0, 1e-5, SpentAccountant(beyond))
+
+
+@dataclasses.dataclass
+class SpentAccountant:
+    """One whose bound is put in."""
+
+    bound: PrivacyBound
+
+    def epsilon(self, _: float) -> PrivacyBound:
+        return self.bound
