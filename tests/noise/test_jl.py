@@ -67,9 +67,11 @@ def test_distortion_is_the_least_that_keeps_the_failure(
     assert jl_failure(rank, tau, vectors) <= failure < jl_failure(rank, tau * (1 - 1e-11), vectors)
 
 
-@pytest.mark.parametrize("rank", [1, 8, 64])
-def test_a_distortion_costs_a_halving_a_bit(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One value, or two where τ is above 1, and as many as take the bracket below 1e-13 of τ."""
+@pytest.mark.parametrize(("rank", "failure"), [(64, 0.05), (1, 0.01), (1, 1e-6)])
+def test_a_distortion_costs_a_halving_a_bit(
+    rank: int, failure: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For τ below 1, up to 2 and above: doubled, then halved until 1e-13 of τ is left."""
     inner, calls = jl.jl_failure, list[float]()
 
     def count(rank: int, distortion: float, vectors: int) -> float:
@@ -77,7 +79,7 @@ def test_a_distortion_costs_a_halving_a_bit(rank: int, monkeypatch: pytest.Monke
         return inner(rank, distortion, vectors)
 
     monkeypatch.setattr(jl, "jl_failure", count)
-    tau = jl_distortion(rank, 0.05)
+    tau = jl_distortion(rank, failure)
     doubled = math.ceil(max(math.log2(tau), 0.0))
     halvings = math.ceil(math.log2(2.0 ** max(doubled - 1, 0) / (1e-13 * tau)))
     assert calls[: 1 + doubled] == [2.0**i for i in range(1 + doubled)]
