@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy import special, stats
 from sklearn import metrics
-from test_updates import bert, gpt2, llama
+from test_updates import TEXTS, WORDS, bert, gpt2, llama
 from torch import nn
 
 from lora_privacy.assess.config import AssessConfig
@@ -60,6 +60,27 @@ def test_accuracy_and_loss_are_those_of_scikit_learn() -> None:
     assert score.examples == len(data)
     wrong = metrics.log_loss(labels[::-1], special.softmax(table, axis=1), labels=[0, 1, 2])
     assert score.loss != pytest.approx(wrong, rel=1e-2)
+
+
+class Reader(nn.Module):
+    """Class scores of 5 for the first token modulo 3, and of 0 for the others."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return 5.0 * nn.functional.one_hot(input_ids[:, 0] % 3, 3).double()
+
+
+def test_a_model_of_known_answers_has_a_known_score() -> None:
+    """Right answers cost ln(1 + 2e⁻⁵) and wrong ones 5 more; they are counted on the texts."""
+    _, data, _, _ = bert()
+    vocabulary = {word: i + 2 for i, word in enumerate(WORDS)}
+    right = sum(vocabulary[text.split()[0]] % 3 == i % 3 for i, text in enumerate(TEXTS))
+    share, count = right / len(TEXTS), len(TEXTS)
+    assert 0 < right < count
+    score = evaluate(Reader(), data, AssessConfig(batch_size=1), None)
+    assert score.accuracy == pytest.approx(share, rel=1e-12)
+    assert score.accuracy_error == pytest.approx(stats.binom.std(count, share) / count, rel=1e-12)
+    expected = math.log1p(2 * math.exp(-5)) + 5 * (1 - share)
+    assert score.loss == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
