@@ -74,7 +74,7 @@ reports/bench/%.json:
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(firstword $(subst -, ,$*)).py \
 	    $(if $(findstring -,$*),--parts $(patsubst $(firstword $(subst -, ,$*))-%,%,$*))
 
-bench: $(STAMPS)/dev $(STAMPS)/demo-model $(BENCHES:%=reports/bench/%.json)  ## benchmarks against peers, half an hour, and docs/performance.md from them; not part of CI
+bench: $(STAMPS)/dev $(STAMPS)/demo-model $(BENCHES:%=reports/bench/%.json)  ## benchmarks against peers, in an hour, and docs/performance.md from them; not part of CI
 	$(BIN)/python benchmarks/page.py
 
 bench-check:  ## fail where a benchmark is worse than its target by more than its spread; not part of CI

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["BUDGET", "MIN_PAIRS", "SELDOM", "Median", "exponent", "measure", "median", "ratio"]
 
 MIN_PAIRS = 100
-BUDGET = 120.0  # CPU seconds of one comparison, so that all of `make bench` takes 30 minutes
+BUDGET = 120.0  # CPU seconds of one comparison, so that all of `make bench` takes an hour
 SELDOM = 4  # slow peers run in one round of so many
 _LEAST_ROUNDS = 20  # whatever the budget
 _RESAMPLES = 2_000
