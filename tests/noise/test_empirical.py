@@ -129,11 +129,11 @@ def test_blocks_hold_what_memory_allows(
 
 
 def test_a_sign_costs_a_bit() -> None:
-    """Signs of 3 × 7 entries are the first 21 bits of three bytes."""
+    """Signs of 3 × 27 entries are the first 81 bits of eleven bytes."""
     rng, twin = np.random.default_rng(5), np.random.default_rng(5)
-    signs = empirical._entries("rademacher", (3, 7), rng)
-    bits = "".join(f"{byte:08b}" for byte in twin.bytes(3))
-    assert signs.ravel().tolist() == [1.0 if bit == "1" else -1.0 for bit in bits[:21]]
+    signs = empirical._entries("rademacher", (3, 27), rng)
+    bits = "".join(f"{byte:08b}" for byte in twin.bytes(11))
+    assert signs.ravel().tolist() == [1.0 if bit == "1" else -1.0 for bit in bits[:81]]
     assert rng.bit_generator.state == twin.bit_generator.state
 
 

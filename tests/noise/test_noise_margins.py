@@ -4,9 +4,11 @@ In the whole a part hides behind the others: an expansion behind the branch next
 behind the next margin, a start behind the iteration. Here each is called by itself.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import mpmath as mp
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 
 from lora_privacy.errors import ConvergenceError
 from lora_privacy.noise import (
+    EmpiricalNoise,
     EntryNoise,
+    RowNoise,
     _crossings,
     _density,
     _stirling,
@@ -22,9 +26,12 @@ from lora_privacy.noise import (
     gaussianity,
     kl_to_gaussian,
     kolmogorov_to_gaussian,
+    laws_table,
     maximal_coupling,
+    model_shapes,
     tv_of_entries,
     tv_to_gaussian,
+    wishart_moments,
 )
 from lora_privacy.noise._density import chi_square_logpdf
 
@@ -97,7 +104,9 @@ def test_the_first_term_that_is_left_out_of_debye() -> None:
         assert polynomial == pytest.approx(dense, rel=1e-13, abs=0)
     p = np.linspace(0.0, 1.0, 101)
     size = np.abs(np.polynomial.polynomial.polyval(p, [float(c) for c in rows[-1]])).max()
-    assert size / _density._DEBYE_ORDER ** (len(rows) - 1) == pytest.approx(2.0e-16, rel=0.05)
+    assert size / _density._DEBYE_ORDER ** (len(rows) - 1) == pytest.approx(
+        2.0e-16, rel=0.05, abs=0
+    )
 
 
 def test_the_order_decides_which_formula_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +224,7 @@ def test_the_grid_of_crossings() -> None:
     grid = _crossings._GRID
     assert np.diff(grid).tolist() == [0.125] * (grid.size - 1)
     assert grid[0] == -grid[-1]
-    assert math.erfc(grid[-1] / math.sqrt(2)) == pytest.approx(4e-33, rel=0.2)
+    assert math.erfc(grid[-1] / math.sqrt(2)) == pytest.approx(4e-33, rel=0.2, abs=0)
 
 
 def test_the_grid_crowds_at_the_spike() -> None:
@@ -225,7 +234,7 @@ def test_the_grid_crowds_at_the_spike() -> None:
     right = near[near > 0]
     assert right[1:] / right[:-1] == pytest.approx(math.sqrt(10), rel=1e-12)
     assert right[-1] == 1.0
-    assert right[0] == pytest.approx(math.sqrt(10) * 1e-14, rel=1e-12)
+    assert right[0] == pytest.approx(math.sqrt(10) * 1e-14, rel=1e-12, abs=0)
 
 
 Array = np.ndarray
@@ -386,7 +395,7 @@ def test_gaps_of_distribution_functions() -> None:
 def test_the_error_of_a_distance_covers_ten_distribution_functions() -> None:
     """Each is accurate to 1e-14."""
     for distance in (tv_to_gaussian, kolmogorov_to_gaussian):
-        assert distance(EntryNoise(8)).error == pytest.approx(10 * 1e-14)
+        assert distance(EntryNoise(8)).error == pytest.approx(10 * 1e-14, rel=1e-12, abs=0)
     assert kl_to_gaussian(EntryNoise(8, 1.0, 1.0)).error == 1e-14
 
 
@@ -401,7 +410,7 @@ def test_the_error_of_an_entropy(
     ratio = math.sqrt(2 * value)  # of a size that gives value = h²/2
     expected = 4e-9 * (miss != 0) + 1e-14 * ratio + 1e-12 * value
     assert distance.value == value
-    assert distance.error == pytest.approx(expected, rel=1e-6)
+    assert distance.error == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_an_entropy_that_its_rules_differ_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,3 +627,49 @@ def test_a_quantile_between_two_doubles() -> None:
         x = float(law.isf(p))
         step = 4 * math.ulp(x)
         assert law.sf(x + step) < p < law.sf(x - step)
+
+
+def examples() -> list[Any]:
+    """One of each type, made within the test."""
+    generator = np.random.default_rng(0)
+    layers = model_shapes({"model_type": "gpt2", "n_embd": 6, "n_layer": 1})
+    return [
+        EntryNoise(8, 2.0, 0.5),
+        RowNoise(8, np.ones(3)),
+        EmpiricalNoise("gaussian", 2, np.ones(3), 0, 5, generator),
+        layers[0],
+        wishart_moments(2, "gaussian", 3),
+        tv_to_gaussian(EntryNoise(8)),
+        laws_table(layers, 2)[0],
+    ]
+
+
+def test_a_law_or_a_result_cannot_be_changed() -> None:
+    """Neither a field nor a new attribute is set."""
+    for law in examples():
+        for name in (dataclasses.fields(law)[0].name, "remark"):
+            with pytest.raises((AttributeError, TypeError)):
+                setattr(law, name, 1.0)
+        assert not hasattr(law, "__dict__")
+
+
+def test_numbers_of_a_result_are_given_by_name() -> None:
+    """None can be taken for another one."""
+    for result in examples()[4:]:
+        values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+        with pytest.raises(TypeError, match="positional argument"):
+            type(result)(*values.values())
+        assert type(result)(**values) == result
+        if hasattr(result, "to_dict"):
+            assert result.to_dict().keys() == values.keys()
+
+
+def test_laws_that_hold_arrays_are_compared_by_identity() -> None:
+    """Arrays have no truth value; such laws can be keys. What is long is not printed."""
+    for law, twin in zip(examples()[1:3], examples()[1:3], strict=True):
+        assert len({law, twin}) == 2
+        assert law != twin
+    text = repr(examples()[2])
+    assert "samples" not in text
+    assert "variance" not in text
+    assert "draws=5" in text

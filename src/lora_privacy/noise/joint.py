@@ -216,7 +216,7 @@ def _kinks(edges: Array, rank: int, perpendicular: int, along: float) -> Array:
         return _log_density(y, rank, perpendicular, along)[1]
 
     sign = np.sign(ratio(edges))
-    turn = np.flatnonzero(sign[:-1] * sign[1:] < 0)
+    turn = np.flatnonzero(sign[1:] != sign[:-1])
     low, high = edges[turn], edges[turn + 1]
     for _ in range(60):
         middle = (low + high) / 2.0
