@@ -135,7 +135,7 @@ def test_scaled_rows_are_those_that_torch_normalises() -> None:
 
 
 def test_the_noise_is_as_large_as_that_of_opacus() -> None:
-    """F test at level 1e-5 on 25,600 numbers each; 5 % more σ is rejected.
+    """F test at level 1e-5 on 25,600 numbers each; 8 % more σ is rejected.
 
     Ours is drawn with .1 % more, for rounding in the clip.
     """
@@ -159,7 +159,7 @@ def test_the_noise_is_as_large_as_that_of_opacus() -> None:
     ratio = float(np.mean(ours**2) / np.mean(np.square(theirs)))
     law = stats.f(ours.size, np.size(theirs))
     assert 5e-6 < law.cdf(ratio) < 1 - 5e-6
-    assert not 5e-6 < law.cdf(ratio * 1.05**2) < 1 - 5e-6
+    assert not 5e-6 < law.cdf(ratio * 1.08**2) < 1 - 5e-6
 
 
 def peer_epsilon(z: float, rate: float, steps: int, *, upper: bool) -> float:
