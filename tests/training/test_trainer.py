@@ -406,6 +406,49 @@ def test_a_record_without_a_label_is_refused(tmp_path: Path) -> None:
         found.train()
 
 
+def test_an_answer_beyond_the_input_is_refused(tmp_path: Path) -> None:
+    """Transformers' loss leaves it out of the mean, and the others weigh more: up to 2C, not C.
+
+    The record is none of those that the isolation check tries.
+    """
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(1, 2)
+
+        def forward(
+            self, input_ids: Tensor, start_positions: Tensor, end_positions: Tensor
+        ) -> dict[str, Tensor]:
+            ends = self.map(input_ids.float()[..., None]).unbind(2)
+            length = input_ids.shape[1]
+            losses = [
+                functional.cross_entropy(logits, place.clamp(0, length), ignore_index=length)
+                for logits, place in zip(ends, (start_positions, end_positions), strict=True)
+            ]
+            return {"loss": sum(losses) / 2, "logits": ends[0]}
+
+    for name in ("start_positions", "end_positions"):
+        rows = [
+            {
+                "input_ids": torch.tensor([i, 1, 2]),
+                "start_positions": torch.tensor(i % 3),
+                "end_positions": torch.tensor(2),
+            }
+            for i in range(12)
+        ]
+        rows[5][name] = torch.tensor(3)
+        found = trainer(
+            tmp_path / name,
+            Model(),
+            train_dataset=rows,
+            max_steps=20,
+            privacy={"method": "dp-sgd"},
+        )
+        with pytest.raises(UnsupportedTrainingError, match=f"{name} beyond its input"):
+            found.train()
+
+
 @pytest.mark.parametrize(
     "name", ["fp16", "deepspeed", "fsdp", "torch_compile", "push_to_hub", "parallelism_config"]
 )

@@ -242,7 +242,7 @@ class PrivateTrainer(Trainer):
         """Mean over records, each a function of its record alone."""
         labels: Any = inputs.get("labels")
         own = self.compute_loss_func is not None and labels is not None
-        refuse_ignored(labels)
+        refuse_ignored(inputs)
         if not own and not is_by_token(labels):
             outputs = model(**inputs)
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
