@@ -358,7 +358,7 @@ def test_autocast_rounds_no_norm(shape: tuple[int, ...]) -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 output_losses(x)(model).sum().backward()
             sums = clipped_sums(recorder, rule)
-        assert {term.dtype for term in sums.values()} == {torch.float32}
+        assert {term.dtype for term in sums.values()} == {torch.float64}
         assert size(sums) == pytest.approx(1e-3, rel=1e-6)
 
 
@@ -389,6 +389,9 @@ def test_bad_arguments() -> None:
             clipping_of("per-layer", bad, LAYERS)
         with pytest.raises(ValueError, match="stability must be positive"):
             AutomaticClipping(1.0, bad)
+    for rule in (FlatClipping, lambda c: LayerClipping({"a": c})):
+        with pytest.raises(ValueError, match="at least 1e-08, got 9e-09: squares"):
+            rule(9e-9)  # a gradient of 1e-25 was seen as 0, and passed a clip of 1e-30
     with pytest.raises(ValueError, match="clipping must be one of"):
         clipping_of("global", 1.0, LAYERS)
     with pytest.raises(ValueError, match="needs clipping='per-layer', got 'flat'"):

@@ -111,6 +111,64 @@ def test_a_norm_is_never_understated(size: float, rest: float) -> None:
     assert (norms >= (1 - 1e-6) * truth).all()
 
 
+def test_the_norm_of_a_long_gradient_is_not_understated() -> None:
+    """Ten million equal numbers, whose squares lost 1.5 % when one sum in float32 took them all.
+
+    The noise is larger than stated by 1e-3 for what norms may lose.
+    """
+    samples = DenseSamples(torch.full((1, 9_649_344), 0.8384615))
+    exact = samples.gradients.numel() * float(samples.gradients[0, 0]) ** 2
+    assert abs(float(samples.square_norms()) / exact - 1) < 3e-4
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_small_input_before_a_large_gradient_is_seen(length: int) -> None:
+    """The square of 3e-23 is 0 in single precision; times 1e19, squared, it is 9e-8."""
+    x, g = torch.zeros(1, length, 4), torch.zeros(1, length, 4)
+    x[0, 0, 0], g[0, 0, 0] = 3e-23, 1e19
+    exact = (float(x[0, 0, 0]) * float(g[0, 0, 0])) ** 2
+    assert float(FactoredSamples([(x, g)]).square_norms()) == pytest.approx(exact, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_terms_that_cancel_leave_the_others_alone(projected: bool) -> None:
+    """A record whose two positions cancel to nothing is far larger than the sum at its first one.
+
+    In float32 the sum of eight others was lost there: a record of gradient 0 moved it by eight
+    clipping norms.
+    """
+    for size in (2.0**15, 2.0**30):
+        x, g = torch.zeros(9, 2, 16), torch.zeros(9, 2, 16)
+        x[:8, 0, 0] = g[:8, 0, 0] = 1.0
+        x[8, :, 0], g[8, 0, 0], g[8, 1, 0] = size, size, -size
+        samples, a = FactoredSamples([(x, g)]), torch.eye(16)
+        weights = (1 / samples.square_norms().sqrt()).clamp(max=1.0)
+        total = samples.projected(weights, a) if projected else samples.weighted(weights)
+        assert float(total[0, 0]) == pytest.approx(8.0, rel=1e-6), size
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_a_record_that_adds_nothing_moves_no_sum(form: str) -> None:
+    """Gradients by turns of norm 1 and 0, then by turns small and 0: one 0 between shifts them.
+
+    In float32 the small ones met the lanes of the large ones or others, and the sums of 16,384
+    records differed by half a clipping norm. All of these sums are exact in double precision.
+    """
+    half, width = 8192, 64
+    large, small = torch.zeros(half), torch.zeros(half - 2)
+    large[::2], small[::2] = 1.0, 0.49 * 2.0**-12
+    totals = []
+    for between in (torch.zeros(0), torch.zeros(1)):
+        x = torch.zeros(len(large) + len(small) + len(between), 1, width)
+        x[:, 0, 0] = torch.cat([large, between, small])
+        g = torch.zeros_like(x)
+        g[:, 0, 0] = 1.0
+        samples = DenseSamples(x) if form == "dense" else FactoredSamples([(x, g)])
+        totals.append(samples.weighted(torch.ones(len(x)))[0, 0])
+    exact = float(large.double().sum() + small.double().sum())
+    assert float(totals[0]) == float(totals[1]) == exact
+
+
 FLORA_CASES = [(kind, dtype) for kind in ("linear", "conv1d") for dtype in ("float32", "bfloat16")]
 
 

@@ -34,6 +34,7 @@ __all__ = [
 
 ClippingName = Literal["flat", "per-layer", "automatic"]
 _STABILITY = 0.01  # γ of Bu et al., their default
+_LEAST_NORM = 1e-8
 
 Transform = Callable[[str, "Tensor"], "Tensor"]
 """(name of a parameter, gradients (batch, *shape)) -> gradients of the same shape.
@@ -61,7 +62,7 @@ class FlatClipping:
     """One clip of the whole gradient: weight ``min(1, C/‖G_i‖)``.
 
     Args:
-        max_grad_norm: C > 0, in units of the gradient; ``inf`` clips nothing, for tests.
+        max_grad_norm: C >= 1e-8, in units of the gradient; ``inf`` clips nothing, for tests.
     """
 
     max_grad_norm: float
@@ -85,7 +86,7 @@ class LayerClipping:
     """A clip C_l for each layer; one sample moves the sum by at most √ΣC_l².
 
     Args:
-        max_grad_norms: Path of a layer -> C_l.
+        max_grad_norms: Path of a layer -> C_l >= 1e-8.
     """
 
     max_grad_norms: Mapping[str, float]
@@ -293,3 +294,8 @@ def _share(limit: float, norms: Tensor) -> Tensor:
 def _check_norm(norm: float) -> None:
     if not norm > 0:
         raise ValueError(f"max_grad_norm must be positive, got {norm!r}.")
+    if norm < _LEAST_NORM:
+        raise ValueError(
+            f"max_grad_norm must be at least {_LEAST_NORM:g}, got {norm!r}: squares of gradients "
+            "so small vanish in single precision, and would pass unclipped. Scale the loss up."
+        )

@@ -96,7 +96,7 @@ def make_private(
             for a gradient, all accounted as sampled Gaussians. ``"dp-flora"`` clips and noises the
             full gradient and releases it through an A that is drawn anew at each step, accounted
             as ``ProjectedGaussian``.
-        max_grad_norm: Clipping norm C > 0; with ``clipping="per-layer"`` also a norm for each
+        max_grad_norm: Clipping norm C >= 1e-8; with ``clipping="per-layer"`` also one for each
             trained layer.
         privacy: ``NoiseMultiplier(z)``, or ``TargetEpsilon(ε, epochs=…)`` (or ``steps=…``), which
             finds z and ends the training when its steps are taken.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from lora_privacy.training.samples import wide
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -55,9 +57,7 @@ class Noising:
     def zeros(self) -> dict[str, Tensor]:
         """Of the shapes and types of what is released."""
         return {
-            path: torch.zeros(
-                self.shape(path), dtype=_sum_dtype(parameter), device=parameter.device
-            )
+            path: torch.zeros(self.shape(path), dtype=_type(parameter), device=parameter.device)
             for path, parameter in self._parameters.items()
         }
 
@@ -78,16 +78,17 @@ class Noising:
         for path, parameter in self._parameters.items():
             total, shape = sums.get(path), self.shape(path)
             numbers = torch.from_numpy(normal(math.prod(shape), path))
-            noise = numbers.to(parameter.device, _sum_dtype(parameter)).view(shape) * std
+            noise = wide(numbers.to(parameter.device, _type(parameter))).view(shape) * std
             if self._fresh is not None:
                 mean = self._fresh.release(_layer(path), total, noise)
             else:
                 if self._records_before():
                     self.profiled = True
                     clean = torch.zeros_like(noise) if total is None else total
-                    cast("Any", self._denoiser).before(path, clean / self._size)
+                    clean = (clean / self._size).to(_type(parameter))
+                    cast("Any", self._denoiser).before(path, clean)
                 mean = noise if total is None else total + noise
-            mean = mean / self._size
+            mean = (mean / self._size).to(_type(parameter))
             if self._denoiser is not None:
                 restored = self._denoiser(path, mean, std / self._size)
                 if restored.shape != mean.shape:
@@ -118,6 +119,6 @@ def _layer(path: str) -> str:
     return path.rpartition("weight")[0].removesuffix(".")
 
 
-def _sum_dtype(parameter: Tensor) -> torch.dtype:
-    """Type of the sums and the noise of a parameter."""
+def _type(parameter: Tensor) -> torch.dtype:
+    """Of what is released of a parameter; sums are in double precision."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -34,8 +34,11 @@ class NoiseMultiplier:
 
     def __post_init__(self) -> None:
         _validate.positive("noise_multiplier", self.noise_multiplier)
+        # In half precision of numpy z·C would be rounded, to 0 if C is small.
+        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
         if self.epsilon is not None:
             _validate.positive("epsilon", self.epsilon)
+            object.__setattr__(self, "epsilon", float(self.epsilon))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +60,14 @@ class TargetEpsilon:
 
     def __post_init__(self) -> None:
         _validate.positive("epsilon", self.epsilon)
+        object.__setattr__(self, "epsilon", float(self.epsilon))
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 "Give either steps or epochs: noise is found for a length of training."
             )
         for name in ("steps", "epochs"):
             if getattr(self, name) is not None:
-                _validate.integer(name, getattr(self, name), 1)
+                object.__setattr__(self, name, _validate.integer(name, getattr(self, name), 1))
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the training."""

@@ -26,7 +26,7 @@ from lora_privacy.training.privacy import NoiseMultiplier, PrivacyTarget
 from lora_privacy.training.processes import Processes, digests_of
 from lora_privacy.training.randomness import KeyedRandomness, Randomness
 from lora_privacy.training.recorder import SampleRecorder
-from lora_privacy.training.samples import GRAM_RTOL
+from lora_privacy.training.samples import GRAM_RTOL, wide
 from lora_privacy.training.sampling import MicroBatch, PoissonLoader
 
 if TYPE_CHECKING:
@@ -522,7 +522,10 @@ class PrivateTraining:
             self._fresh.begin_step()  # an empty share draws no A, but all exchange its seed
         if processes.size > 1:
             self._sums = processes.sum_to_first(
-                {path: self._sums.get(path, zero) for path, zero in self._noising.zeros().items()}
+                {
+                    path: self._sums.get(path, wide(zero))
+                    for path, zero in self._noising.zeros().items()
+                }
             )
         if processes.rank == 0:
             digest = self._sum_digest()

@@ -5,25 +5,32 @@ linear map and g_i (T, out) the gradient of what left it. The matrix has ``out �
 costs ``T · out · in`` products; the pair has ``T (out + in)`` numbers, and its norm from the Gram
 matrices, ``‖G_i‖² = Σ_tt' (x_t · x_t')(g_t · g_t')``, costs ``T² (out + in)``. One comparison
 settles both: the matrix is smaller and quicker exactly when ``out · in <= T (out + in)``.
+
+Sums over samples are in double precision. In single precision they round by what is summed
+already, so that a record which adds nothing could move the sum by several clipping norms, by what
+it does to the rounding of all that come after it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DenseSamples", "FactoredSamples", "Samples", "matrix_samples"]
+__all__ = ["DenseSamples", "FactoredSamples", "Samples", "matrix_samples", "wide"]
 
 GRAM_RTOL = 1e-3
 """Largest relative error of a squared norm from Gram matrices."""
 
 _GRAM_NUMBERS = 1 << 22  # of the Gram matrices held at a time, 16 MB each
-_EPS = float(torch.finfo(torch.float32).eps)
+_WIDE_NUMBERS = 1 << 20  # of single precision that are held in double at a time, 8 MB
+_PIECE = 1 << 16  # numbers whose squares are summed at a time: a longer sum loses small ones
+_EPS, _TINY = float(torch.finfo(torch.float32).eps), float(torch.finfo(torch.float32).tiny)
+_DOUBLE = 2.0**-29  # roundings of double precision over those of single
 
 
 class Samples(Protocol):
@@ -54,12 +61,21 @@ class DenseSamples:
 
     def square_norms(self) -> Tensor:
         """‖G_i‖², shape (batch,)."""
-        return torch.linalg.vector_norm(self._stored().flatten(1), dim=1).square()
+        pieces = self._stored().flatten(1).split(_PIECE, dim=1)
+        return torch.stack(
+            [torch.linalg.vector_norm(piece, dim=1).square() for piece in pieces]
+        ).sum(0)
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Σ weights_i G_i."""
         stored = self._stored()
-        total = (weights.to(stored.dtype) @ stored.flatten(1)).view(stored.shape[1:])
+        flat = stored.flatten(1)
+        rows = max(1, _WIDE_NUMBERS // max(1, flat.shape[1]))
+        total = sum(
+            wide(w) @ wide(part)
+            for w, part in zip(weights.split(rows), flat.split(rows), strict=True)
+        )
+        total = cast("Tensor", total).view(stored.shape[1:])
         return total if stored is self.gradients else total.mT
 
     def _stored(self) -> Tensor:
@@ -69,7 +85,7 @@ class DenseSamples:
 
     def projected(self, weights: Tensor, a: Tensor) -> Tensor:
         """Σ weights_i G_i Aᵀ."""
-        return self.weighted(weights) @ a.T
+        return self.weighted(weights) @ wide(a).T
 
 
 @dataclass(slots=True, eq=False)
@@ -85,28 +101,44 @@ class FactoredSamples:
     def square_norms(self) -> Tensor:
         """‖G_i‖², shape (batch,), from Gram matrices."""
         x, g = self._joined()
-        if x.shape[1] == 1:
-            return x.square().sum((1, 2)) * g.square().sum((1, 2))
+        if x.shape[1] == 1:  # in double: a square that is lost may meet a large one
+            return (wide(x).square().sum((1, 2)) * wide(g).square().sum((1, 2))).to(x.dtype)
         norms = _gram_norms(x, g)
-        if x.dtype == torch.float32:
-            # Positions that nearly cancel leave rounding: the norm could come out far too small,
-            # and the clip would bound nothing. Products of n numbers round by about n/16 eps.
-            lengths = torch.linalg.vector_norm(x, dim=2) * torch.linalg.vector_norm(g, dim=2)
-            slack = _EPS * (16 + (x.shape[2] + g.shape[2]) / 16) * lengths.sum(1).square()
-            unsure = torch.nonzero(~(slack <= GRAM_RTOL * norms)).flatten()
-            if len(unsure):
-                norms[unsure] = _gram_norms(x[unsure].double(), g[unsure].double()).float()
+        # Positions that nearly cancel leave rounding: the norm could come out far too small, and
+        # the clip would bound nothing. Products of n numbers round by about n/16 eps, and those
+        # below the least number of single precision are lost, whatever is multiplied with them.
+        by_x, by_g = (wide(torch.linalg.vector_norm(t, dim=2)) for t in (x, g))
+        slack = _EPS * (16 + (x.shape[2] + g.shape[2]) / 16) * (by_x * by_g).sum(1).square()
+        lost = x.shape[2] * by_g.sum(1).square() + g.shape[2] * by_x.sum(1).square()
+        unsure = torch.nonzero(~(slack + _TINY * lost <= GRAM_RTOL * norms)).flatten()
+        if len(unsure):
+            # With what double precision may lose added, a sample of terms that cancel to nothing
+            # has a weight so small that their sum rounds by next to nothing.
+            exact = _gram_norms(wide(x[unsure]), wide(g[unsure])) + _DOUBLE * slack[unsure]
+            norms[unsure] = exact.to(norms.dtype)
         return norms
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """Σ weights_i G_i, as one product over samples and positions."""
-        x, g = self._joined()
-        return _product(x, g, weights)
+        """Σ weights_i G_i, as a product over samples and positions."""
+        return self._product(weights)
 
     def projected(self, weights: Tensor, a: Tensor) -> Tensor:
         """Σ weights_i G_i Aᵀ; no (out, in) matrix is formed."""
+        return self._product(weights, wide(a).T)
+
+    def _product(self, weights: Tensor, right: Tensor | None = None) -> Tensor:
+        """Σ weights_i g_iᵀ x_i ``right``; the weights multiply the narrower factor."""
         x, g = self._joined()
-        return _product(x @ a.T.to(x.dtype), g, weights)
+        rows = max(1, _WIDE_NUMBERS // (x.shape[1] * max(x.shape[2], g.shape[2], 1)))
+        total: Tensor | None = None
+        for x_, g_, w_ in zip(x.split(rows), g.split(rows), weights.split(rows), strict=True):
+            x_, g_, scale = wide(x_), wide(g_), wide(w_)[:, None, None]
+            x_ = x_ if right is None else x_ @ right
+            x_, g_ = (x_ * scale, g_) if x_.shape[2] <= g_.shape[2] else (x_, g_ * scale)
+            part = g_.flatten(0, 1).T @ x_.flatten(0, 1)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Uses of one weight in one pass add up like further positions."""
@@ -145,8 +177,6 @@ def _gram_norms(x: Tensor, g: Tensor) -> Tensor:
     return torch.cat(sums).clamp_(min=0)
 
 
-def _product(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
-    """Σ weights_i g_iᵀ x_i; the weights multiply the narrower factor."""
-    scale = weights.to(x.dtype)[:, None, None]
-    x, g = (x * scale, g) if x.shape[2] <= g.shape[2] else (x, g * scale)
-    return g.flatten(0, 1).T @ x.flatten(0, 1)
+def wide(tensor: Tensor) -> Tensor:
+    """In double precision; on a device without it, as it is."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
