@@ -707,6 +707,11 @@ def test_bins_follow_the_level_of_delta(monkeypatch: pytest.MonkeyPatch) -> None
     bound = VectorFamily(20, 5, 0.9, (1.0, 1.0)).delta(1.0)
     assert made == pytest.approx([0.1, 0.01, 1e-7, 1e-290], rel=1e-9, abs=0)
     assert bound.delta == 0.25
+    assert bound.reason is None
+    monkeypatch.setattr(VectorFamily, "_certify", lambda *_: (1.0, None))
+    bound = VectorFamily(20, 5, 0.9, (1.0, 1.0)).delta(1.0)
+    assert bound.delta == 1
+    assert "no δ below 1 is certified at ε = 1.0" in str(bound.reason)
 
 
 def test_pairs_below_the_level_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
