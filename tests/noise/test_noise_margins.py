@@ -27,8 +27,10 @@ from lora_privacy.noise import (
     kl_to_gaussian,
     kolmogorov_to_gaussian,
     laws_table,
+    lyapunov_ratio,
     maximal_coupling,
     model_shapes,
+    shapes,
     tv_of_entries,
     tv_to_gaussian,
     wishart_moments,
@@ -673,3 +675,22 @@ def test_laws_that_hold_arrays_are_compared_by_identity() -> None:
     assert "samples" not in text
     assert "variance" not in text
     assert "draws=5" in text
+
+
+def test_flags_are_given_by_name() -> None:
+    """A bare True or an index without its name is refused: it would not say what it is."""
+    sizes = shapes._Sizes({"hidden_size": 6, "num_attention_heads": 2})
+    law, p, row = EntryNoise(8), np.array([0.3]), [1.0, 2.0]
+    for call, flag in (
+        (lambda *a, **k: _crossings.signed_crossings(8, 0 * ONE, ONE, *a, **k), "matched"),
+        (lambda *a, **k: law._quantile(p, *a, **k), "lower"),
+        (lambda *a, **k: law._root(p, *a, **k), "lower"),
+        (lambda *a, **k: shapes._attention(sizes, *a, **k), "stated"),
+        (lambda *a, **k: lyapunov_ratio(row, 8, "products", *a, **k), "index"),
+    ):
+        if flag != "stated":
+            call(**{flag: 1})
+        else:
+            assert call(stated=False) == (6, 6, 6)
+        with pytest.raises(TypeError, match="positional argument"):
+            call(1)
