@@ -26,8 +26,8 @@ def delta_interval(low_mu: float, high_mu: float, epsilon: float) -> tuple[float
     at = np.array([epsilon])
     if math.isinf(high_mu):
         return 0.0, 1.0
-    lower = float(SampledPair(low_mu, 1.0).lower("remove", at)[0])
-    upper = float(SampledPair(high_mu, 1.0).upper("remove", at)[0])
+    lower = SampledPair(low_mu, 1.0).lower("remove", at).item()
+    upper = SampledPair(high_mu, 1.0).upper("remove", at).item()
     return lower, min(1.0, upper)
 
 

@@ -198,18 +198,21 @@ def _is_single(sources: Sources) -> bool:
 def _single_delta(sources: Sources, epsilon: float) -> tuple[float, float]:
     """Ends of δ of one release, from its profiles: no grid is needed."""
     source, at = sources[0][0], np.array([epsilon])
-    high = max(float(profile(at)[0]) for profile in source.profiles)
+    high = max(profile(at).item() for profile in source.profiles)
     low = 0.0
     if source.pair is not None:
-        low = max(float(source.pair.lower(direction, at)[0]) for direction in DIRECTIONS)
+        low = max(source.pair.lower(direction, at).item() for direction in DIRECTIONS)
     return low, min(1.0, high)
 
 
 def _variation(sources: Sources) -> float:
     """Upper bound of δ at any ε: total variations add."""
-    return (1 + 1e-12) * math.fsum(
-        count * float(source.profiles[0](np.zeros(1))[0]) for source, count in sources
-    )
+    return (1 + 1e-12) * math.fsum(count * _at_zero(source) for source, count in sources)
+
+
+def _at_zero(source: Source) -> float:
+    """δ(0), which is one number for both directions."""
+    return source.profiles[0](np.zeros(1)).item()
 
 
 def _least_epsilon(parts: list[Part], delta: float) -> tuple[float, float]:
@@ -223,7 +226,7 @@ def _least_epsilon(parts: list[Part], delta: float) -> tuple[float, float]:
 
 def _proved_delta(parts: list[Part], tilt: float, epsilon: float) -> float:
     """δ that the moment at ``tilt`` proves."""
-    log_delta = float(_fourier.log_deltas(parts, np.array([tilt]), epsilon)[0])
+    log_delta = _fourier.log_deltas(parts, np.array([tilt]), epsilon).item()
     log_delta += _rounding(parts, tilt) + 1e-12 * (1 + tilt * epsilon)
     return min(1.0, math.exp(min(log_delta, 0.0)) + _fourier.infinite_mass(parts))
 
@@ -240,8 +243,8 @@ def _gap(above: list[Part], below: list[Part] | None, tilt: float) -> float:
     if below is None:
         return _fourier.coarser_gain(above, tilt)
     at = np.array([tilt])
-    top = float(_fourier.log_moments(above, at)[0])
-    floor = float(_fourier.log_moments(below, at)[0]) + tilt * _fourier.offsets(below)
+    top = _fourier.log_moments(above, at).item()
+    floor = _fourier.log_moments(below, at).item() + tilt * _fourier.offsets(below)
     return top - floor if math.isfinite(floor) else math.inf
 
 
@@ -257,7 +260,7 @@ class _Plan:
         # A grid whose roundings cost little if all losses were Gaussian.
         spread = 0.0
         for (source, count), end in zip(sources, self._reaches, strict=True):
-            middle = float(source.profiles[0](np.zeros(1))[0])
+            middle = _at_zero(source)
             spread += count * min(2.5 * middle / max(1e-300, 1 - middle), end / 6) ** 2
         fine = 0.3 * math.sqrt(spread / self._steps)
         self._step = min(max(fine, max(self._reaches) / _START), _grid.MAX_STEP)
@@ -266,12 +269,9 @@ class _Plan:
         self._tail = tail
         each = max(tail / self._steps, 1e-299)
         self._reaches = [
-            _grid.reach(source.profiles, each, self._guess(source)) for source, _ in self._sources
+            _grid.reach(source.profiles, each, max(1e-12, _at_zero(source)))
+            for source, _ in self._sources
         ]
-
-    @staticmethod
-    def _guess(source: Source) -> float:
-        return max(1e-12, float(source.profiles[0](np.zeros(1))[0]))
 
     def lower_tail(self, tail: float) -> bool:
         """Whether ``tail`` asks for clearly larger losses than before; they are then included."""

@@ -161,7 +161,7 @@ class RdpAccountant:
         delta = checked_delta(delta)
         value = 0.0
         if self.events:
-            value = float(least_epsilon(self._cost, self._plain(), delta, self.orders)[0])
+            value = least_epsilon(self._cost, self._plain(), delta, self.orders).item()
         return _bound(value, delta, self.adjacency, [event for event, _ in self.events])
 
     def delta(self, epsilon: float) -> PrivacyBound:
@@ -172,7 +172,7 @@ class RdpAccountant:
         """
         epsilon, low = checked_epsilon(epsilon), -math.inf
         if self.events:
-            low = float(least_log_delta(self._cost, self._plain(), epsilon, self.orders)[0])
+            low = least_log_delta(self._cost, self._plain(), epsilon, self.orders).item()
         value = min(1.0, math.nextafter(math.exp(min(low, 0.0)), 2.0))
         return _bound(epsilon, value, self.adjacency, [event for event, _ in self.events])
 
