@@ -879,9 +879,11 @@ def test_sums_in_logs() -> None:
     assert found[2] == pytest.approx(800 + math.log(2), rel=1e-15)
 
 
-def test_the_profile_of_a_pair_is_floor_and_rest() -> None:
-    """δ = P[R <= 0] + e^rest, 1 at most."""
+def test_the_profile_of_a_pair_is_floor_and_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """δ = P[R <= 0] + e^rest, and 1 at most whatever rounding adds to it."""
     law = VectorLoss(5, 3, 0.95, 1.0)
     rest = law._resolved(1.0)[0]
     assert law.delta(1.0) == pytest.approx(law.floor + math.exp(rest), rel=1e-15)
     assert VectorProjection(5, 3, -1.0).delta(1.0) == 1.0
+    monkeypatch.setattr(VectorLoss, "_resolved", lambda *_: (math.log1p(-law.floor) + 1e-9, 0.0))
+    assert law.delta(1.0) == 1.0
