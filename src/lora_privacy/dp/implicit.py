@@ -79,10 +79,8 @@ def implied_noise_multiplier(
     batch = _validate.integer("batch_size", batch_size, 1)
     _check_distortion(distortion)
     _validate.choice("aggregation", aggregation, AGGREGATIONS)
-    if distortion >= 1:
-        return 0.0
     added = math.sqrt(batch) if aggregation == "independent" else float(batch)
-    return added / math.sqrt(rows * rank) * (1 - distortion) / (1 + distortion)
+    return added / math.sqrt(rows * rank) * max(1 - distortion, 0.0) / (1 + distortion)
 
 
 def implied_privacy(
