@@ -132,7 +132,7 @@ def implied_privacy(
         )
         for rows, rank in shapes
     ]
-    per_step = batch * sum(
+    per_step = batch * math.fsum(
         rows * distortion_probability(rank, distortion) for rows, rank in shapes
     )
     if distortion >= 1:
