@@ -294,7 +294,8 @@ def main() -> None:
             print(json.dumps(record, ensure_ascii=False), file=file)
         latest[place.key] = record
         print(f"{count} {record['status']}: {place.path}:{place.line} {record['after']}")
-    summarise(latest)
+    if latest:
+        summarise(latest)
 
 
 if __name__ == "__main__":
