@@ -120,7 +120,7 @@ def plain_loop(
     # which differ by a rounding get other noise: equal means equal bits.
     wanted = [p for p in model.parameters() if p.requires_grad]
     optimizer = (
-        torch.optim.SGD(wanted, lr=0.5)
+        torch.optim.SGD(wanted, lr=0.2)
         if sgd
         else torch.optim.AdamW(wanted, lr=1e-2, weight_decay=0.0, fused=True)
     )
@@ -155,7 +155,7 @@ def one_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_key")
 def test_a_language_model_takes_the_steps_of_the_plain_loop(tmp_path: Path) -> None:
-    """Without noise, on the same batches; micro-batches, empty batches and a schedule too; 1e-4.
+    """Without noise, on the same batches; micro-batches, empty batches and a schedule too; 1e-5.
 
     The loop's loss is written out; a mean over the batch's tokens is rejected at the first step.
     """
@@ -163,7 +163,7 @@ def test_a_language_model_takes_the_steps_of_the_plain_loop(tmp_path: Path) -> N
     found = trainer(
         tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=steps,
         callbacks=[weights], privacy={"secure": False, "noise_multiplier": NONE},
-        optim="sgd", learning_rate=0.5,
+        optim="sgd", learning_rate=0.2,  # at 0.5 some steps multiply a rounding by ten
     )  # fmt: skip
     found.train()
     assert found.private is not None
@@ -190,7 +190,7 @@ def test_a_language_model_takes_the_steps_of_the_plain_loop(tmp_path: Path) -> N
     wanted = loop(by_record, 1)
     assert len(weights.steps) == len(wanted) == steps
     for mine, other in zip(weights.steps, wanted, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     by_tokens = loop(lambda model, batch: model(**batch).loss, 8)
     assert not torch.allclose(weights.steps[-1], by_tokens[-1], rtol=1e-2, atol=1e-3)
 
