@@ -202,7 +202,7 @@ class PoissonLoader:
             del self._drawn[taken]
         if step not in self._drawn:
             coins = self._control.randomness.uniform(self._size, "coins", step)
-            # At most with probability q: coins are multiples of 2⁻⁵³, and q is none.
+            # At most with probability q: coins are multiples of 2⁻⁵³, which q need not be.
             rows = np.flatnonzero(coins + 2.0**-53 <= self._control.sample_rate)
             rank, size = self._share
             self._drawn[step] = rows[rows % size == rank]
